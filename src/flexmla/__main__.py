@@ -1,0 +1,5 @@
+"""`python -m flexmla`."""
+
+from .cli import main
+
+main()

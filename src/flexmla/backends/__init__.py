@@ -1,0 +1,1 @@
+"""Backends of the operator: the same `decode` signature, one module each."""

@@ -1,0 +1,109 @@
+"""Compiles decode kernels and keeps them for the process; TileLang keeps the binaries on disk."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import threading
+from typing import Any
+
+import tilelang
+import torch
+from tilelang import tvm
+
+from ...plan import Tiling
+from ...shape import MLAShape
+from .few_heads import few_heads
+from .many_heads import many_heads
+
+# the same for ahead-of-time and run-time compilation, so that their cache entries agree
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+PASS_CONFIGS = {
+    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    # every role synchronises by hand: a barrier put in by the compiler could wait for warps of another role
+    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+    # every access is guarded where it can leave its tensor
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+}
+FACTORIES = {"few_heads": few_heads, "many_heads": many_heads}
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+_lock = threading.Lock()
+
+
+def program(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
+    """The TileLang program of a shape and tile."""
+    factory = FACTORIES[tiling.family]
+    with tvm.target.Target(TARGET):
+        return factory(shape, tiling.block_h, tiling.block_n, tiling.stages, tiling.ctas_per_sm, DTYPES[dtype])
+
+
+def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
+    """The compiled kernel, from this process, the disk cache or the compiler, in this order.
+
+    Raises:
+        RuntimeError: the kernel is not compiled and the stream is being captured, or a compiler is missing.
+    """
+    # the grid is an argument of the launch: one kernel serves every number of workers
+    key = (shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, tiling.ctas_per_sm, dtype)
+    found = _kernels.get(key)
+    if found is not None:
+        return found
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the kernel of {shape} in {dtype} is not compiled and cannot be during CUDA graph capture: "
+            "call mla_decode once with this shape and dtype before capturing"
+        )
+    with _lock:
+        if key not in _kernels:
+            _kernels[key] = _compile(program(shape, tiling, dtype))
+        return _kernels[key]
+
+
+def prebuild(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> str | None:
+    """Compiles a kernel into the disk cache; None, or what went wrong. For worker processes: it can be pickled."""
+    try:
+        kernel(shape, tiling, dtype)
+    except Exception as error:
+        return f"{shape} {dtype} {tiling}: {error}"
+    return None
+
+
+_kernels: dict[Any, Any] = {}
+
+
+def _compile(func: Any) -> Any:
+    try:
+        return tilelang.compile(func, target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
+    except Exception as error:
+        missing = missing_compilers()
+        if missing:
+            raise RuntimeError(f"compiling a kernel needs {' and '.join(missing)}") from error
+        raise
+
+
+def lower_source(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+    """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
+    with tvm.target.Target(TARGET), tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()}):
+        artifact = tilelang.engine.lower(program(shape, tiling, dtype), target=tvm.target.Target(TARGET))
+    return artifact.kernel_source, {name.name_hint: func.attrs for name, func in artifact.device_mod.functions.items()}
+
+
+def missing_compilers() -> list[str]:
+    """What a first compilation would lack on this machine, each with how to install it."""
+    missing = []
+    if not _has_nvcc():
+        missing.append("nvcc, the CUDA compiler (pip install 'flexmla[nvcc]', or the CUDA toolkit with CUDA_HOME set)")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        missing.append("a host C++ compiler (for example: apt-get install g++)")
+    return missing
+
+
+@functools.cache
+def _has_nvcc() -> bool:
+    from tilelang.contrib.nvcc import get_nvcc_compiler
+
+    try:
+        return shutil.which(get_nvcc_compiler()) is not None
+    except Exception:
+        return False

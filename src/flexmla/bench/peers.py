@@ -1,0 +1,84 @@
+"""What is timed: flexmla itself, and the peers that PyTorch brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flexmla
+from flexmla.plan import device_record, tilelang_lacks
+
+from .inputs import Inputs, LatentInputs, MHAInputs
+from .suites import Case
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that decodes a case.
+
+    Attributes:
+        name: as rows and tables have it.
+        inputs: the kind of inputs it takes.
+        decode: from such inputs to `[batch, 1, n_heads, width]`, and `lse [batch, n_heads, 1]` where it has one.
+    """
+
+    name: str
+    inputs: type[Inputs]
+    decode: Callable[[Any], tuple[Tensor, Tensor | None]]
+
+
+def flexmla_contender(case: Case, device: torch.device) -> Contender:
+    """`flexmla.mla_decode` with its plan: `flexmla` on the TileLang kernels, `flexmla-torch` on the torch backend."""
+    plan = flexmla.plan(case.shape, case.batch, case.max_len, dtype=case.dtype, device=device)
+    record = device_record(device)
+    lacks = tilelang_lacks(case.shape, case.dtype, record, softcap=case.softcap > 0, score_scale=case.score_scale)
+    backend = plan.backend if lacks is None else "torch"
+
+    def decode(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
+        return flexmla.mla_decode(
+            inputs.q_nope,
+            inputs.q_pe,
+            inputs.ckv,
+            inputs.kpe,
+            seq_lens=inputs.seq_lens,
+            softcap=case.softcap,
+            score_scale=inputs.score_scale,
+            plan=plan if plan.backend == backend else None,
+            backend=backend,
+        )
+
+    return Contender("flexmla" if backend == "tilelang" else "flexmla-torch", LatentInputs, decode)
+
+
+def torch_eager(inputs: LatentInputs) -> tuple[Tensor, None]:
+    """Absorbed MLA the way one writes it in PyTorch, in the inputs' dtype: two batched products, softmax, one more."""
+    groups = inputs.case.shape.n_rope_heads
+    scores = inputs.q_nope[:, 0] @ inputs.ckv.mT  # [b, h, n]
+    if inputs.q_pe is not None and inputs.kpe is not None:
+        q_pe = inputs.q_pe[:, 0].unflatten(1, (groups, -1))  # [b, g, rep, d_pe]
+        scores = scores + (q_pe @ inputs.kpe.permute(0, 2, 3, 1)).flatten(1, 2)
+    scores = scores * inputs.softmax_scale
+    if inputs.score_scale is not None:
+        rep = inputs.case.shape.n_heads // groups
+        scores = scores * inputs.score_scale.mT.to(scores.dtype).repeat_interleave(rep, 1)
+    if inputs.case.softcap:
+        scores = inputs.case.softcap * torch.tanh(scores / inputs.case.softcap)
+    return (scores.softmax(-1) @ inputs.ckv)[:, None], None
+
+
+def sdpa_mha(inputs: MHAInputs) -> tuple[Tensor, None]:
+    """PyTorch's flash attention over the cache of the original multi-head model."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v).transpose(1, 2), None
+
+
+PEERS = (
+    Contender("torch-eager", LatentInputs, torch_eager),
+    Contender("sdpa-mha", MHAInputs, sdpa_mha),
+)

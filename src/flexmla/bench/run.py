@@ -1,0 +1,236 @@
+"""The measuring loop: ceilings, then for each case and contender inputs, check, timing, row."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+import flexmla
+from flexmla.check import bounds, row_errors
+from flexmla.info import driver_version, version
+
+from . import ceilings
+from .inputs import Inputs
+from .peers import PEERS, Contender, flexmla_contender
+from .report import Machine, Measured, append_rows, figure_class, is_flexmla, plot, row, table
+from .suites import Case
+from .timing import GraphTimer, Timer, rotated_sets
+
+SEED = 0
+ROOM = 0.9  # share of the free memory that one set of inputs may take
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What the loop runs on: a device with its memory figures, and the way calls are timed there."""
+
+    device: torch.device
+    timer: Timer
+    l2_bytes: int
+    free_bytes: Callable[[], int]
+
+    @classmethod
+    def cuda(cls, device: torch.device) -> Rig:
+        """A CUDA device, timed by graph replay."""
+
+        def free_bytes() -> int:
+            torch.cuda.empty_cache()
+            return torch.cuda.mem_get_info(device)[0]
+
+        return cls(device, GraphTimer(device), torch.cuda.get_device_properties(device).L2_cache_size, free_bytes)
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        results: everything that was timed.
+        misses: a sentence for each result outside its bound and each failure of flexmla; none of them is timed.
+        skipped: a sentence for each contender that a device has no room or no kernel for.
+    """
+
+    results: list[Measured] = field(default_factory=list)
+    misses: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def measure_case(case: Case, contenders: Sequence[Contender], rig: Rig) -> Outcome:
+    """Checks and times contenders on one case; those with the same kind of inputs get the same sets."""
+    outcome = Outcome()
+    for kind in dict.fromkeys(contender.inputs for contender in contenders):
+        group = [contender for contender in contenders if contender.inputs is kind]
+        names = ", ".join(contender.name for contender in group)
+        n_bytes, free = kind.n_bytes(case), rig.free_bytes()
+        if n_bytes > ROOM * free:
+            outcome.skipped.append(f"{names}, {case}: needs {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            continue
+        try:
+            _measure_kind(case, group, rotated_sets(n_bytes, rig.l2_bytes, free), rig, outcome)
+        except torch.OutOfMemoryError:
+            outcome.skipped.append(f"{names}, {case}: no room for the inputs")
+    return outcome
+
+
+def _measure_kind(case: Case, group: Sequence[Contender], n_sets: int, rig: Rig, outcome: Outcome) -> None:
+    """Contenders that take the same inputs; the inputs are gone when it returns."""
+    generator = torch.Generator(rig.device).manual_seed(SEED)
+    sets = [group[0].inputs.random(case, rig.device, generator) for _ in range(n_sets)]
+    expected = [inputs.expected() for inputs in sets]
+    for contender in group:
+        _measure(case, contender, sets, expected, rig, outcome)
+
+
+def _measure(
+    case: Case,
+    contender: Contender,
+    sets: Sequence[Inputs],
+    expected: Sequence[tuple[Tensor, Tensor]],
+    rig: Rig,
+    outcome: Outcome,
+) -> None:
+    what = f"{contender.name}, {case}"
+    try:
+        results = rig.timer.prepare([functools.partial(contender.decode, inputs) for inputs in sets])
+        errors = [
+            row_errors(out, right_lse if lse is None else lse, right, right_lse)
+            for (out, lse), (right, right_lse) in zip(results, expected, strict=True)
+        ]
+        bound = bounds(case.dtype)
+        row_error, lse_error = (max(error) for error in zip(*errors, strict=True))
+        if row_error > bound.row or lse_error > bound.lse:
+            outcome.misses.append(
+                f"{what}: row error {row_error:.2e} and lse error {lse_error:.2e}, "
+                f"where {bound.row:.1e} and {bound.lse:.1e} are allowed"
+            )
+            return
+        n_bytes, flop = contender.inputs.n_bytes(case), contender.inputs.flop(case)
+        outcome.results.append(Measured(case, contender.name, rig.timer.us(), n_bytes, flop, row_error))
+    except torch.OutOfMemoryError:
+        outcome.skipped.append(f"{what}: out of memory")
+    except (RuntimeError, ValueError) as failure:
+        kept = outcome.misses if is_flexmla(contender.name) else outcome.skipped
+        kept.append(f"{what}: {str(failure).strip().splitlines()[0]}")
+    finally:
+        rig.timer.release()
+
+
+def measure_suite(
+    cases: Sequence[Case], rig: Rig, *, peers: bool, console: Console, keep: Callable[[Sequence[Measured]], None]
+) -> Outcome:
+    """Measures case after case behind a progress bar and hands each case's results to `keep` at once."""
+    total = Outcome()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            outcome = measure_case(case, (flexmla_contender(case, rig.device), *(PEERS if peers else ())), rig)
+            keep(outcome.results)
+            total.results += outcome.results
+            total.misses += outcome.misses
+            total.skipped += outcome.skipped
+            progress.advance(task)
+    return total
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    device: torch.device,
+    peers: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+    commit: str | None,
+    console: Console,
+) -> int:
+    """Measures cases on a CUDA device, prints a table a suite, and returns the number of misses.
+
+    Args:
+        cases: what to measure, suite by suite.
+        device: a CUDA device.
+        peers: whether to time the peers too.
+        json_path: file to append a row a measurement to, as each case ends.
+        plot_path: file to draw to.
+        commit: for the rows; default: what git says of the checkout that this package runs from.
+        console: where to print.
+
+    Raises:
+        ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, and for rows without a commit.
+        ImportError: without Triton; for a plot, without matplotlib.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"bench needs a CUDA GPU, got device {str(device)!r}")
+    for case in cases:
+        if case.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"bench takes float16 and bfloat16, got {str(case.dtype).removeprefix('torch.')}")
+    if plot_path is not None:
+        figure_class()  # a missing package is told before anything is measured
+    commit = commit or checkout_commit(Path(flexmla.__file__).parent)
+    if commit is None and json_path is not None:
+        raise ValueError("commit must be given (--commit) for rows from a package that is in no git checkout, got none")
+    machine = Machine(
+        gpu=torch.cuda.get_device_name(device),
+        driver=driver_version(),
+        torch=torch.__version__,
+        tilelang=version("tilelang"),
+        flexmla=flexmla.__version__,
+        commit=commit or "",
+    )
+    rig = Rig.cuda(device)
+    with console.status("measuring the ceilings"):
+        limits = ceilings.measure(rig.timer, device)
+    console.print(
+        f"{machine.gpu}: streaming read {limits.read_gb_s:.0f} GB/s, copy {limits.copy_gb_s:.0f} GB/s, "
+        f"fp16 matmul {limits.matmul_tflops:.0f} TFLOP/s",
+        highlight=False,
+    )
+    rows = []
+
+    def keep(results: Sequence[Measured]) -> None:
+        new = [row(result, machine, limits) for result in results]
+        rows.extend(new)
+        if json_path is not None:
+            append_rows(json_path, new)
+
+    misses = 0
+    for suite, of_suite in groupby(cases, key=lambda case: case.suite):
+        outcome = measure_suite(list(of_suite), rig, peers=peers, console=console, keep=keep)
+        console.print(table(outcome.results, limits, f"{suite}, {machine.gpu}"))
+        for sentence in outcome.skipped:
+            console.print(f"skipped: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        for sentence in outcome.misses:
+            console.print(f"MISS: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+        misses += len(outcome.misses)
+    if plot_path is not None:
+        plot(rows, plot_path)
+    return misses
+
+
+def checkout_commit(package: Path) -> str | None:
+    """The commit of the checkout whose `src/flexmla` a package folder is, with `-dirty` after local changes.
+
+    None where the folder is no such checkout (a package installed somewhere below another project's checkout is not
+    that project's), or git or a commit is missing.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() / "src" / "flexmla" != package.resolve():
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -1,0 +1,175 @@
+"""`torch.library` definitions: the one boundary between the checked API and the backends.
+
+`Library.define/impl` rather than `custom_op`, which costs tens of microseconds a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.choice import Call, choose
+from .backends.torch import decode as decode_torch
+
+_ARGUMENTS = (
+    "Tensor q_nope, Tensor? q_pe, Tensor ckv_cache, Tensor? kpe_cache, Tensor? seq_lens, Tensor? block_table, "
+    "Tensor? starts, Tensor? v_cache, Tensor? score_scale, float softmax_scale, float softcap, bool causal, "
+    "str backend, int[] tiling"
+)
+
+_INPUTS = (
+    "q_nope", "q_pe", "ckv_cache", "kpe_cache", "seq_lens", "block_table", "starts", "v_cache", "score_scale"
+)  # fmt: skip
+
+# The registrations live exactly as long as this object.
+_library = torch.library.Library("flexmla", "DEF")
+_library.define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+# No aliased results: functionalization, and with it torch.compile, takes no custom operator that returns its arguments.
+_library.define(f"mla_decode.out({_ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()")
+
+
+def _run(
+    out: Tensor,
+    lse: Tensor,
+    q_nope: Tensor,
+    q_pe: Tensor | None,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor | None,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    starts: Tensor | None,
+    v_cache: Tensor | None,
+    score_scale: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    causal: bool,
+    backend: str,
+    tiling: Sequence[int],
+) -> None:
+    """Runs a call on the backend that suits it, writing into `out` and `lse`."""
+    batch, q_len, n_heads, dv = q_nope.shape
+    if batch == 0:
+        return
+    if backend == "torch" or (backend == "auto" and not q_nope.is_cuda):
+        decode: Any = decode_torch
+    else:
+        page_size = 0 if block_table is None else ckv_cache.shape[1]
+        max_len = ckv_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
+        n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
+        v_width = None if v_cache is None else v_cache.shape[2]
+        unaligned = _misaligned(ckv_cache) or (
+            kpe_cache is not None and (_misaligned(kpe_cache) or (n_rope_heads > 1 and kpe_cache.stride(2) != d_pe))
+        )
+        flags = (starts is not None, softcap > 0, score_scale is not None, unaligned, softmax_scale > 0)
+        sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
+        name, tiling = choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
+        if name == "tilelang":
+            from .backends.tilelang import decode
+        else:
+            decode = decode_torch
+    decode(
+        q_nope,
+        q_pe,
+        ckv_cache,
+        kpe_cache,
+        seq_lens,
+        block_table,
+        starts,
+        v_cache,
+        score_scale,
+        softmax_scale,
+        softcap,
+        causal,
+        tiling,
+        out,
+        lse,
+    )
+
+
+def _misaligned(cache: Tensor) -> bool:
+    """Whether TMA, which wants 16-byte aligned rows, cannot read a cache."""
+    first, second = cache.stride()[:2]
+    return bool((cache.data_ptr() | first * cache.element_size() | second * cache.element_size()) & 15)
+
+
+def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q_nope, v_cache = arguments[0], arguments[7]
+    batch, q_len, n_heads, dv = q_nope.shape
+    out = q_nope.new_empty((batch, q_len, n_heads, dv if v_cache is None else v_cache.shape[2]))
+    return out, q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+
+
+def _functional(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_results(*arguments)
+    _run(out, lse, *arguments)
+    return out, lse
+
+
+def _into(*arguments: Any, out: Tensor, lse: Tensor) -> None:
+    _refuse_overlap(arguments, out, lse)
+    _run(out, lse, *arguments)
+
+
+def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
+    """Raises ValueError where writing `out` or `lse` could change an input, the other, or another element of itself."""
+    results = {"out": out, "lse": lse}
+    for name, result in results.items():
+        strides = result.stride()
+        if 0 in strides and any(stride == 0 and n > 1 for n, stride in zip(result.shape, strides, strict=True)):
+            raise ValueError(f"{name} must have memory of its own for every element, got strides {strides}")
+    spans = [_footprint(result) for result in results.values()]
+    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+    for other_name, other in (*zip(_INPUTS, inputs, strict=False), ("out", out)):
+        if other is None:
+            continue
+        start = other.data_ptr()
+        if start >= high or (other.is_contiguous() and start + other.nbytes <= low):
+            continue
+        for name, span in zip(results, spans, strict=True):
+            if name != other_name and _overlap(span, _footprint(other)):
+                raise ValueError(f"{name} must not overlap an input or the other result, got memory of {other_name}")
+
+
+def _footprint(tensor: Tensor) -> tuple[int, int, int, int]:
+    """First byte, byte after the last, bytes of the contiguous runs, and a step that divides any two runs' distance."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes, tensor.nbytes, 0
+    run, step, last = 1, 0, 0
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if size == 1:
+            continue
+        last += (size - 1) * stride
+        if stride == run and step == 0:
+            run *= size
+        else:
+            step = math.gcd(step, stride)
+    width = tensor.element_size()
+    return start, start + (last + 1) * width, run * width, step * width
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Whether two footprints may share a byte; views that interleave in one buffer are told apart."""
+    if a[0] >= b[1] or b[0] >= a[1]:
+        return False
+    step = math.gcd(a[3], b[3])
+    # Modulo the common step every run of a tensor starts at the same byte.
+    offset = (b[0] - a[0]) % step if step else 0
+    return not a[2] <= offset <= step - b[2]
+
+
+def _fake_into(*arguments: Any, out: Tensor, lse: Tensor) -> None:
+    """Allocates nothing: the results are the caller's."""
+
+
+for _name, _real, _fake in (("mla_decode", _functional, _empty_results), ("mla_decode.out", _into, _fake_into)):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flexmla::{_name}", _fake, lib=_library)
+
+# Overloads, not packets: looking one up costs a microsecond a call.
+mla_decode = torch.ops.flexmla.mla_decode.default
+mla_decode_out = torch.ops.flexmla.mla_decode.out

@@ -1,0 +1,237 @@
+"""The TileLang backend's numbers, on a GPU of compute capability 9.0."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+import flexmla
+from flexmla import MLAShape, reference
+from flexmla.cases import CaseSpace, random_case
+from flexmla.check import bounds, row_errors
+from flexmla.plan import device_record, tile, tilelang_installed
+
+from .covering import covering_shapes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not tilelang_installed(), reason="needs TileLang: pip install 'flexmla[tilelang]'"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        reason="needs compute capability 9.0",
+    ),
+]
+
+DTYPES = (torch.float16, torch.bfloat16)
+SHAPES = covering_shapes()
+NAN = float("nan")
+Call = dict[str, "torch.Tensor | None"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Fills TileLang's disk cache on all cores."""
+    from flexmla.backends.tilelang.compile import prebuild
+
+    sm_count = device_record("cuda").sm_count
+    jobs = [(s, tile(s, 64, 8192, sm_count), d) for s in SHAPES for d in DTYPES]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
+        problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]
+    assert not problems, "\n".join(problems)
+
+
+def inputs(shape: MLAShape, lens: list[int], max_len: int, dtype: torch.dtype, seed: int = 0) -> Call:
+    """Random queries and caches; every slot at or past a row's length is NaN."""
+    noise = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=noise, device="cuda").to(dtype)
+
+    batch = len(lens)
+    q = randn(batch, 1, shape.n_heads, shape.dv + shape.d_pe)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
+    hidden = torch.arange(max_len, device="cuda") >= seq_lens[:, None]
+    ckv = randn(batch, max_len, shape.dv).masked_fill(hidden[..., None], NAN)
+    kpe = randn(batch, max_len, shape.n_rope_heads, shape.d_pe).masked_fill(hidden[..., None, None], NAN)
+    return {
+        "q_nope": q[..., : shape.dv],
+        "q_pe": q[..., shape.dv :] if shape.d_pe else None,
+        "ckv_cache": ckv,
+        "kpe_cache": kpe if shape.d_pe else None,
+        "seq_lens": seq_lens,
+    }
+
+
+def check(call: Call, dtype: torch.dtype, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, n_heads, dv = call["q_nope"].shape  # type: ignore[union-attr]
+    out = torch.full((batch, 1, n_heads, dv), NAN, dtype=dtype, device="cuda")
+    lse = torch.full((batch, n_heads, 1), NAN, device="cuda")
+    flexmla.mla_decode(**call, out=out, lse=lse, backend="tilelang", **options)  # type: ignore[arg-type]
+    errors = row_errors(out, lse, *reference.mla_decode(**call, **options))  # type: ignore[arg-type]
+    assert errors.within(bounds(dtype)), errors
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES])
+def test_every_shape_ragged_with_poison(shape: MLAShape, dtype: torch.dtype) -> None:
+    check(inputs(shape, [300, 1, 0, 64, 65, 127], 300, dtype, seed=1), dtype)
+    check(inputs(shape, [1999], 2100, dtype, seed=2), dtype)  # one row over many workers
+    check(inputs(shape, [0, 0], 70, dtype, seed=3), dtype)
+
+
+def test_wide_batches_with_many_empty_rows() -> None:
+    shape, dtype = MLAShape(8, 1, 512, 64), torch.float16
+    for batch in (127, 128, 129, 600):
+        lens = torch.randint(-3, 130, (batch,), generator=torch.Generator().manual_seed(batch)).clamp_min(0).tolist()
+        check(inputs(shape, lens, 128 + 2, dtype, seed=batch), dtype)
+
+
+def test_random_cases() -> None:
+    space = CaseSpace(
+        dtypes=DTYPES, n_heads=(16,), dv=(512,), d_pe=(64,), q_len=(1,), page_sizes=(None,), max_len=700,
+        max_rope_row=64, max_batch=12, options=False, strides=False,
+    )  # fmt: skip
+    for seed in range(100):
+        case = random_case(seed, space, "cuda")
+        errors = row_errors(*case.decode(backend="tilelang"), *case.expected())
+        assert errors.within(bounds(case.q_nope.dtype)), (case.describe(), errors)
+
+
+def test_lengths_out_of_range_are_clamped() -> None:
+    shape, dtype = MLAShape(16, 1, 512, 64), torch.float16
+    call = inputs(shape, [200, 200, 200], 200, dtype)
+    want = check(call, dtype)
+    call["seq_lens"] = torch.tensor([200, 10**9, -5], dtype=torch.int32, device="cuda")
+    out, lse = flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    assert torch.equal(out[:2], want[0][:2])
+    assert torch.equal(lse[:2], want[1][:2])
+    assert bool((out[2] == 0).all())
+    assert bool((lse[2] == -torch.inf).all())
+
+
+def test_defaults_match_full_lengths() -> None:
+    shape, dtype = MLAShape(32, 32, 512, 16), torch.bfloat16
+    call = inputs(shape, [130, 130], 130, dtype)
+    want = flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    call["seq_lens"] = None
+    got = flexmla.mla_decode(**call)  # type: ignore[arg-type]
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_merged_cache_views_strided_results_and_unaligned_queries() -> None:
+    shape, dtype = MLAShape(16, 1, 512, 64), torch.float16
+    call = inputs(shape, [90, 33], 90, dtype)
+    want = check(call, dtype)
+    row = torch.full((2, 96, 512 + 64 + 8), NAN, dtype=dtype, device="cuda")
+    row[:, :90, :512] = call["ckv_cache"]
+    row[:, :90, 512:576] = call["kpe_cache"][:, :, 0]  # type: ignore[index]
+    call["ckv_cache"], call["kpe_cache"] = row[:, :90, :512], row[:, :90, None, 512:576]
+    shifted = torch.empty(2 * 16 * 512 + 1, dtype=dtype, device="cuda")[1:].view(2, 1, 16, 512)
+    call["q_nope"] = shifted.copy_(call["q_nope"])
+    out = torch.full((2, 1, 16, 520), NAN, dtype=dtype, device="cuda")
+    lse = torch.full((2, 16, 2), NAN, device="cuda")
+    flexmla.mla_decode(**call, out=out[..., :512], lse=lse[..., :1], backend="tilelang")  # type: ignore[arg-type]
+    assert torch.equal(out[..., :512], want[0])
+    assert torch.equal(lse[..., :1], want[1])
+    assert bool(out[..., 512:].isnan().all())
+    assert bool(lse[..., 1:].isnan().all())
+
+
+def test_large_logits() -> None:
+    shape, dtype = MLAShape(32, 1, 512, 16), torch.float16
+    for scale in (1e-3, 1.0, 30.0):
+        check(inputs(shape, [500, 77], 500, dtype), dtype, softmax_scale=scale)
+
+
+def test_same_inputs_same_bits() -> None:
+    shape = MLAShape(32, 32, 512, 16)
+    call = inputs(shape, [1500, 3, 700], 1500, torch.float16)
+    first = flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    for _ in range(20):
+        again = flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+def test_one_kernel_serves_every_batch_and_length() -> None:
+    from flexmla.backends.tilelang import compile as backend
+
+    shape, dtype = MLAShape(24, 1, 256, 32), torch.float16
+    check(inputs(shape, [10], 10, dtype), dtype)
+    compiled = len(backend._kernels)
+    for batch, max_len in ((3, 64), (40, 130), (2, 3000)):
+        check(inputs(shape, [max_len] * batch, max_len, dtype), dtype)
+    assert len(backend._kernels) == compiled
+
+
+def test_a_captured_graph_follows_its_lengths_without_synchronising() -> None:
+    shape, dtype = MLAShape(32, 1, 512, 16), torch.float16
+    call = inputs(shape, [400, 400, 400], 400, dtype)
+    out, lse = flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            flexmla.mla_decode(**call, out=out, lse=lse, backend="tilelang")  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for lens in ([1, 0, 399], [0, 0, 0], [400, 65, 64]):
+        call["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))  # type: ignore[union-attr]
+        out.fill_(NAN)
+        lse.fill_(NAN)
+        graph.replay()
+        assert row_errors(out, lse, *reference.mla_decode(**call)).within(bounds(dtype))  # type: ignore[arg-type]
+
+
+def test_capture_before_compilation_says_how_to_warm_up() -> None:
+    shape = MLAShape(10, 2, 64, 24)
+    call = inputs(shape, [5], 5, torch.float16)
+    with (
+        pytest.raises(RuntimeError, match="call mla_decode once with this shape and dtype before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+
+
+def test_torch_compile_has_no_break() -> None:
+    shape, dtype = MLAShape(16, 1, 512, 64), torch.float16
+    call = inputs(shape, [90, 33], 90, dtype)
+    want = flexmla.mla_decode(**call)  # type: ignore[arg-type]
+    compiled = torch.compile(flexmla.mla_decode, fullgraph=True, dynamic=True, backend="aot_eager")
+    got = compiled(**call)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"starts": torch.zeros(2, dtype=torch.int32)}, "starts"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"softmax_scale": 0.0}, "softmax_scale"),
+    ],
+)
+def test_what_it_lacks_is_refused_by_name_and_taken_by_auto(change: dict[str, object], named: str) -> None:
+    call = inputs(MLAShape(16, 1, 512, 64), [90, 33], 90, torch.float16)
+    change = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(NotImplementedError, match=f"{named}.*torch"):
+        flexmla.mla_decode(**call, **change, backend="tilelang")  # type: ignore[arg-type]
+    out, lse = flexmla.mla_decode(**call, **change)  # type: ignore[arg-type]
+    assert row_errors(out, lse, *reference.mla_decode(**call, **change)).within(bounds(torch.float16))  # type: ignore[arg-type]
+
+
+def test_unaligned_caches_are_refused_by_name_and_taken_by_auto() -> None:
+    call = inputs(MLAShape(16, 1, 512, 64), [90, 33], 90, torch.float16)
+    buffer = torch.empty(2, 90, 513, dtype=torch.float16, device="cuda")
+    call["ckv_cache"] = buffer[..., :512].copy_(call["ckv_cache"])
+    with pytest.raises(NotImplementedError, match="16 bytes"):
+        flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    out, lse = flexmla.mla_decode(**call)  # type: ignore[arg-type]
+    assert row_errors(out, lse, *reference.mla_decode(**call)).within(bounds(torch.float16))  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""What the compiler makes of each kernel family, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexmla import MLAShape
+from flexmla.plan import SMEM_PER_CTA, Tiling, shared_memory, threads_per_cta, tile
+
+pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
+
+# Each family at its boundaries: one and many groups, one and several CTAs an SM, widths that are no power of two.
+CASES = [
+    (MLAShape(32, 1, 512, 16), torch.float16),
+    (MLAShape(32, 32, 512, 16), torch.bfloat16),
+    (MLAShape(8, 1, 512, 64), torch.float16),
+    (MLAShape(16, 16, 512, 64), torch.float16),
+    (MLAShape(9, 3, 192, 32), torch.bfloat16),
+    (MLAShape(15, 5, 64, 8), torch.float16),
+    (MLAShape(24, 24, 128, 16), torch.float16),
+    (MLAShape(28, 1, 448, 16), torch.float16),
+    (MLAShape(40, 1, 256, 32), torch.float16),
+    (MLAShape(12, 1, 512, 0), torch.float16),
+    (MLAShape(64, 1, 512, 64), torch.float16),
+    (MLAShape(40, 1, 512, 64), torch.bfloat16),
+    (MLAShape(64, 8, 384, 16), torch.float16),
+    (MLAShape(96, 1, 512, 0), torch.float16),
+    (MLAShape(128, 1, 512, 64), torch.bfloat16),
+]
+IDS = [f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}-{str(d).removeprefix('torch.')}" for s, d in CASES]
+
+
+def planned(shape: MLAShape) -> Tiling:
+    tiling = tile(shape, 64, 8192, 132)
+    assert tiling is not None
+    return tiling
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=IDS)
+def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
+    shape: MLAShape, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from flexmla.backends.tilelang.compile import lower_source, missing_compilers
+
+    tiling = planned(shape)
+    source, attributes = lower_source(shape, tiling, dtype)
+    assert "mma_sync" not in source
+    wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
+    consumers = 2 if tiling.family == "many_heads" else 1
+    assert wgmmas == consumers * (3 if shape.d_pe else 2)  # rope scores, latent scores, output
+    assert source.count("tl::tma_load(") == (3 if shape.d_pe else 2)  # rope tile, latent tile, query
+    main = attributes["decode_kernel"]
+    assert int(main["thread_extent"]["threadIdx.x"]) == threads_per_cta(tiling.family)
+    estimate = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages)
+    assert int(main["dyn_shared_memory_buf"]) <= estimate <= SMEM_PER_CTA
+
+    missing = missing_compilers()
+    if missing:
+        pytest.skip(f"no spill check without {' and '.join(missing)}")
+    report = ptxas_report(source, tmp_path)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 2, report  # the decode kernel and the combine
+    assert set(spills) == {("0", "0")}, report
+    assert "wgmma.mma_async" not in report, report  # ptxas warns where it had to serialise them
+
+
+def ptxas_report(source: str, folder: Path) -> str:
+    """What ptxas says of a kernel's registers and spills, compiled afresh."""
+    from tilelang.contrib.nvcc import get_nvcc_compiler
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    path = folder / "kernel.cu"
+    path.write_text(source)
+    command = [
+        get_nvcc_compiler(), "-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DENABLE_BF16",
+        "-Xptxas", "-v", "-gencode=arch=compute_90a,code=sm_90a",
+        f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}",
+        "-cubin", "-o", str(folder / "kernel.cubin"), str(path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexmla.backends.tilelang import compile as backend
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("nvcc: not found")
+
+    monkeypatch.setattr(backend.tilelang, "compile", fail)
+    monkeypatch.setattr(backend, "_has_nvcc", lambda: False)
+    monkeypatch.setattr(backend.shutil, "which", lambda _: None)
+    shape = MLAShape(8, 1, 64, 8)
+    with pytest.raises(RuntimeError, match=r"needs nvcc.*flexmla\[nvcc\].*host C\+\+ compiler"):
+        backend.kernel(shape, planned(shape), torch.float16)
+
+
+def test_an_uncompiled_kernel_refuses_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexmla.backends.tilelang import compile as backend
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    shape = MLAShape(8, 2, 64, 8)
+    with pytest.raises(RuntimeError, match="call mla_decode once with this shape and dtype before capturing"):
+        backend.kernel(shape, planned(shape), torch.float16)

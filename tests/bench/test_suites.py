@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexmla import MLAShape
+from flexmla.bench.suites import SUITES, Case, suite_cases
+from flexmla.models import model_shapes
+
+
+@pytest.mark.parametrize(
+    ("rope_heads", "batch", "max_len", "megabytes"),
+    [
+        (1, 8, 2048, 17.8),
+        (1, 8, 4096, 35.1),
+        (1, 64, 2048, 142.7),
+        (1, 64, 8192, 557.9),
+        (32, 8, 2048, 34.1),
+        (32, 64, 8192, 1078),
+    ],
+)
+def test_bytes_of_llama2(rope_heads, batch, max_len, megabytes):
+    case = Case("llama2", MLAShape(32, rope_heads, 512, 16), batch, max_len)
+    assert case.n_bytes / 1e6 == pytest.approx(megabytes, rel=3e-3)
+
+
+def test_bytes_are_those_of_the_tensors():
+    case = Case("shape", MLAShape(8, 4, 24, 8), 3, 50, torch.bfloat16, score_scale=True)
+    cache = 3 * 50 * (24 + 4 * 8) * 2 + 3 * 50 * 4 * 4
+    assert case.n_bytes == cache + 3 * 8 * (24 + 8) * 2 + 3 * 8 * 24 * 2
+
+
+def test_flop_counts_both_products():
+    assert Case("shape", MLAShape(128, 1, 512, 64), 2, 10).flop == 2 * 128 * 20 * (512 + 64 + 512)
+
+
+def test_tokens_are_summed_over_the_batch():
+    assert Case("shape", MLAShape(8, 1, 64, 8), 3, 50).tokens == 150
+
+
+@pytest.mark.parametrize(("batch", "max_len"), [(0, 8), (8, 0)])
+def test_empty_cases_are_refused(batch, max_len):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        Case("shape", MLAShape(8, 1, 64, 8), batch, max_len)
+
+
+def test_separate_value_latents_are_refused():
+    with pytest.raises(ValueError, match="no v_width in a bench case, got 32"):
+        Case("shape", MLAShape(8, 1, 64, 8, v_width=32), 1, 1)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_case_is_there_once_and_names_its_suite(name):
+    cases = suite_cases([name], torch.bfloat16)
+    assert len(set(cases)) == len(cases) > 0
+    assert {case.suite for case in cases} == {name}
+    assert {case.dtype for case in cases} == {torch.bfloat16}
+
+
+def test_models_cover_every_row():
+    cases = suite_cases(["models"])
+    for model in model_shapes():
+        sizes = {
+            (case.batch, case.max_len)
+            for case in cases
+            if case.shape == model.shape and case.score_scale == model.score_scale and case.softcap == model.softcap
+        }
+        assert sizes == {(64, 8192), (8, 2048)}, model.name
+        assert any(model.name in case.label for case in cases)
+
+
+def test_small_latent_covers_shared_and_per_head_keys():
+    shapes = {case.shape for case in suite_cases(["small-latent"])}
+    assert {shape.dv for shape in shapes} == {128, 256}
+    assert {(s.n_heads, s.n_rope_heads == 1) for s in shapes} == {(h, x) for h in (16, 24, 32) for x in (True, False)}
+    assert all(shape.n_rope_heads in (1, shape.n_heads) for shape in shapes)
+
+
+def test_suites_keep_their_order():
+    assert [case.suite for case in suite_cases(["per-head", "llama2"])] == ["per-head"] * 4 + ["llama2"] * 4
+
+
+def test_an_unknown_suite_is_named():
+    with pytest.raises(ValueError, match=r"suites must be among llama2, .*, got 'llama3'"):
+        suite_cases(["llama2", "llama3"])
+
+
+def test_a_case_in_one_line():
+    assert str(Case("llama2", MLAShape(32, 1, 512, 16), 64, 8192)) == "llama2 32/1 512+16 64 x 8K"
+    assert Case("shape", MLAShape(32, 1, 512, 16), 3, 100).size == "3 x 100"

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flexmla
+from flexmla import MLAShape, mla_decode, ops
+from flexmla.cases import CaseSpace, random_case
+
+FLOAT32 = CaseSpace(dtypes=(torch.float32,))
+# Seeds whose cases differ in kind of cache, rope, options and given results.
+SEEDS = range(6)
+
+
+def operands(case):
+    options = {"seq_lens": None, "block_table": None, "starts": None, "v_cache": None, "score_scale": None}
+    options |= {name: value for name, value in case.options.items() if name in options}
+    return (case.q_nope, case.q_pe, case.ckv_cache, case.kpe_cache, *options.values(), 0.1, 0.0, True, "auto", [])
+
+
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_opcheck(seed):
+    arguments = operands(random_case(seed))
+    torch.library.opcheck(ops.mla_decode, arguments)
+    out, lse = ops.mla_decode(*arguments)
+    torch.library.opcheck(ops.mla_decode_out, arguments, {"out": torch.empty_like(out), "lse": torch.empty_like(lse)})
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fake_results_have_the_real_shapes_and_dtypes(seed):
+    case = random_case(seed)
+    real = ops.mla_decode(*operands(case))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = ops.mla_decode(*operands(case))
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_functional_and_out_variants_give_the_same_bits(seed):
+    arguments = operands(random_case(seed))
+    out, lse = ops.mla_decode(*arguments)
+    given = torch.full_like(out, float("nan")), torch.full_like(lse, float("nan"))
+    assert ops.mla_decode_out(*arguments, out=given[0], lse=given[1]) is None
+    assert torch.equal(out, given[0])
+    assert torch.equal(lse, given[1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_compiles_whole_with_dynamic_shapes(backend, paged):
+    """One graph for every batch and length, with and without given results."""
+    torch._dynamo.reset()
+
+    def step(q_nope, q_pe, ckv, kpe, seq_lens, block_table, out=None):
+        return mla_decode(q_nope * 2, q_pe, ckv, kpe, seq_lens=seq_lens, block_table=block_table, out=out)
+
+    def inputs(batch, max_len):
+        ckv, kpe = torch.randn(batch, max_len, 64), torch.randn(batch, max_len, 2, 16)
+        table = None
+        if paged:
+            table = torch.arange(batch * max_len // 4, dtype=torch.int32).view(batch, -1)
+            ckv, kpe = ckv.view(-1, 4, 64), kpe.view(-1, 4, 2, 16)
+        lens = torch.full((batch,), max_len - 1, dtype=torch.int32)
+        return torch.randn(batch, 1, 8, 64), torch.randn(batch, 1, 8, 16), ckv, kpe, lens, table
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        # No two sizes of the first call are equal: torch.compile would take them for one.
+        for batch, max_len in ((3, 20), (6, 28), (9, 44)):
+            arguments = inputs(batch, max_len)
+            for a, b in zip(compiled(*arguments), step(*arguments), strict=True):
+                assert torch.equal(a, b)
+    out = torch.empty(9, 1, 8, 64)
+    with torch.no_grad():
+        assert compiled(*arguments, out=out)[0] is out
+        assert torch.equal(out, step(*arguments)[0])
+
+
+def test_compiles_with_a_plan():
+    torch._dynamo.reset()
+    q, ckv = torch.randn(2, 1, 8, 64), torch.randn(2, 16, 64)
+    made = flexmla.plan(MLAShape(8, 1, 64, 0), 4, 64, dtype=torch.float32, device="cpu")
+    compiled = torch.compile(lambda q, ckv: mla_decode(q, None, ckv, None, plan=made), fullgraph=True, backend="eager")
+    for a, b in zip(compiled(q, ckv), mla_decode(q, None, ckv, None), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_value_errors_keep_their_type_and_sentence_through_the_operator():
+    q, ckv = torch.randn(2, 1, 2, 8), torch.randn(2, 10, 8)
+    with pytest.raises(ValueError, match=r"seq_lens\[0\] is 11; a row of this cache holds 0 to 10 tokens"):
+        ops.mla_decode(
+            *(q, None, ckv, None, torch.tensor([11, 1], dtype=torch.int32), None, None, None, None),
+            *(0.1, 0.0, True, "auto", []),
+        )

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from flexmla import DecodePlan, DeviceRecord, MLAShape
+from flexmla import plan as make_plan
+from flexmla.models import model_shapes
+from flexmla.plan import (
+    SMEM_PER_CTA,
+    SMEM_PER_SM,
+    SMEM_RESERVED,
+    Tiling,
+    device_record,
+    padded_heads,
+    rope_heads_per_group,
+    rope_tile_width,
+    shared_memory,
+    threads_per_cta,
+    tile,
+    tilelang_lacks,
+)
+
+PLAN_MODULE = importlib.import_module("flexmla.plan")  # the package's attribute of this name is the function
+H100 = DeviceRecord((9, 0), 132, "H100")
+SMALLER = DeviceRecord((9, 0), 78, "a Hopper GPU with fewer SMs")
+N_HEADS = (1, 3, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+
+
+def shapes() -> list[MLAShape]:
+    """Every head count with shared, grouped and per-head keys, over the widths."""
+    return [
+        MLAShape(h, g, dv, d_pe)
+        for h in N_HEADS
+        for g in range(1, h + 1)
+        if h % g == 0
+        for dv in (64, 192, 256, 448, 512)
+        for d_pe in (0, 8, 16, 32, 64)
+        if g * d_pe <= 1024 and (d_pe or g == 1)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLAN_MODULE, "tilelang_installed", lambda: True)
+
+
+def test_every_shape_of_the_backend_has_a_tile_that_fits() -> None:
+    for shape in shapes():
+        assert tilelang_lacks(shape, torch.float16, H100) is None
+        tiling = tile(shape, 64, 8192, H100.sm_count)
+        assert tiling is not None, shape
+        used = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages)
+        assert used <= SMEM_PER_CTA
+        assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
+        assert tiling.ctas_per_sm * threads_per_cta(tiling.family) <= 2048
+        assert tiling.family == "few_heads" or shape.dv % 128 == 0, shape
+
+
+def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
+    for shape in shapes():
+        tiling = tile(shape, 64, 8192, H100.sm_count)
+        assert tiling is not None
+        groups = -(-shape.n_heads // tiling.block_h)
+        assert (groups - 1) * tiling.block_h < shape.n_heads <= groups * tiling.block_h
+        assert tiling.block_h <= padded_heads(tiling.family, tiling.block_h)
+        per_key = shape.n_heads // shape.n_rope_heads
+        for g in range(groups):
+            heads = range(g * tiling.block_h, min((g + 1) * tiling.block_h, shape.n_heads))
+            keys = heads[-1] // per_key - heads[0] // per_key + 1
+            assert keys <= rope_heads_per_group(shape, tiling.block_h)
+            assert keys * shape.d_pe <= rope_tile_width(shape, tiling.block_h)
+
+
+@pytest.mark.parametrize("device", [H100, SMALLER])
+@pytest.mark.parametrize(("batch", "max_len"), [(1, 1), (1, 128), (8, 2048), (64, 8192), (1024, 64)])
+def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, batch: int, max_len: int) -> None:
+    for shape in shapes():
+        tiling = tile(shape, batch, max_len, device.sm_count)
+        assert tiling is not None
+        groups = -(-shape.n_heads // tiling.block_h)
+        assert 1 <= tiling.workers <= batch * -(-max_len // tiling.block_n)
+        assert tiling.workers * groups <= max(device.sm_count * tiling.ctas_per_sm, groups)
+
+
+@pytest.mark.parametrize(
+    ("shape", "family", "block_h"),
+    [
+        (MLAShape(32, 1, 512, 16), "few_heads", 32),
+        (MLAShape(32, 32, 512, 16), "few_heads", 16),  # groups of 16 where all keys side by side leave one stage
+        (MLAShape(16, 1, 512, 64), "few_heads", 16),
+        (MLAShape(64, 1, 512, 64), "many_heads", 64),
+        (MLAShape(128, 1, 512, 64), "many_heads", 64),
+        (MLAShape(96, 1, 512, 0), "many_heads", 48),
+        (MLAShape(64, 64, 512, 16), "few_heads", 16),
+    ],
+)
+def test_family_and_heads_of_known_shapes(shape: MLAShape, family: str, block_h: int) -> None:
+    tiling = tile(shape, 64, 8192, 132)
+    assert tiling is not None
+    assert (tiling.family, tiling.block_h) == (family, block_h)
+    assert tiling.stages >= 2
+
+
+def test_small_latents_share_an_sm() -> None:
+    tiling = tile(MLAShape(16, 1, 128, 32), 64, 8192, 132)
+    assert tiling is not None
+    assert tiling.ctas_per_sm > 1
+    assert tiling.workers == 132 * tiling.ctas_per_sm
+
+
+def test_tiling_survives_the_operator_boundary() -> None:
+    tiling = tile(MLAShape(64, 1, 512, 64), 64, 8192, 132)
+    assert tiling is not None
+    assert all(isinstance(value, int) for value in tiling.ints())
+    assert Tiling.from_ints(tiling.ints()) == tiling
+
+
+def test_plan_on_hopper_and_elsewhere() -> None:
+    shape = MLAShape(32, 32, 512, 16)
+    made = make_plan(shape, 8, 4096, dtype=torch.bfloat16, device=H100)
+    assert made.backend == "tilelang"
+    assert made.tiling
+    cpu = make_plan(shape, 8, 4096, dtype=torch.bfloat16, device="cpu")
+    assert (cpu.backend, cpu.tiling) == ("torch", ())
+    assert "compute capability" in cpu.reason
+
+
+def test_plan_without_tilelang_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLAN_MODULE, "tilelang_installed", lambda: False)
+    made = make_plan(MLAShape(28, 1, 512, 64), 3, 100, dtype=torch.float16, device=DeviceRecord((9, 0), 99))
+    assert made.backend == "torch"
+    assert "pip install 'flexmla[tilelang]'" in made.reason
+
+
+def test_plan_is_frozen_and_its_sizes_are_upper_bounds() -> None:
+    shape = MLAShape(16, 1, 512, 64)
+    made = make_plan(shape, 8, 4096, dtype=torch.float16, device=H100)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.batch = 9  # type: ignore[misc]
+    made.check(shape, 8, 4096, 1, None, torch.float16, H100)
+    made.check(shape, 1, 7, 1, None, torch.float16, H100)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"shape": MLAShape(16, 16, 512, 64)}, "shape"),
+        ({"batch": 9}, "batch"),
+        ({"max_len": 4097}, "max_len"),
+        ({"q_len": 2}, "q_len"),
+        ({"page_size": 64}, "page_size"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+        ({"device": SMALLER}, "device"),
+    ],
+)
+def test_plan_of_another_call_is_refused(change: dict[str, object], named: str) -> None:
+    call: dict[str, object] = {
+        "shape": MLAShape(16, 1, 512, 64), "batch": 8, "max_len": 4096, "q_len": 1, "page_size": None,
+        "dtype": torch.float16, "device": H100,
+    }  # fmt: skip
+    made = DecodePlan(**call, backend="tilelang", reason="")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=named):
+        made.check(**{**call, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch", -1), ("max_len", -1), ("q_len", 0)])
+def test_plan_names_a_size_out_of_range(name: str, value: int) -> None:
+    sizes = {"batch": 1, "max_len": 1, "q_len": 1, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
+        make_plan(MLAShape(16, 1, 512, 64), sizes["batch"], sizes["max_len"], q_len=sizes["q_len"],
+                  dtype=torch.float16, device=H100)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "named"),
+    [
+        (MLAShape(16, 1, 512, 64), torch.float32, {}, "float32"),
+        (MLAShape(16, 1, 520, 64), torch.float16, {}, "520"),
+        (MLAShape(16, 1, 1024, 64), torch.float16, {}, "1024"),
+        (MLAShape(16, 1, 512, 20), torch.float16, {}, "20"),
+        (MLAShape(32, 32, 512, 64), torch.float16, {}, "2048"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"q_len": 2}, "q_len"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"paged": True}, "paged"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"starts": True}, "starts"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"softcap": True}, "softcap"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"v_cache": True}, "v_cache"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"score_scale": True}, "score_scale"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"unaligned": True}, "16 bytes"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"positive_scale": False}, "softmax_scale"),
+    ],
+)
+def test_what_the_backend_lacks_is_named(
+    shape: MLAShape, dtype: torch.dtype, options: dict[str, object], named: str
+) -> None:
+    lacks = tilelang_lacks(shape, dtype, H100, **options)  # type: ignore[arg-type]
+    assert lacks is not None
+    assert named in lacks
+
+
+def test_every_published_shape_plans_on_any_device() -> None:
+    for model in model_shapes():
+        for device in (H100, DeviceRecord((8, 0), 108), DeviceRecord((0, 0), 0)):
+            made = make_plan(model.shape, 64, 8192, dtype=torch.float16, device=device)
+            assert made.reason
+            assert bool(made.tiling) == (made.backend == "tilelang")
+
+
+def test_device_record_of_the_cpu_and_of_a_record() -> None:
+    assert device_record("cpu") == DeviceRecord((0, 0), 0, "cpu")
+    assert device_record(H100) is H100
