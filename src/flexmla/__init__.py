@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from .api import mla_decode
@@ -11,10 +10,7 @@ from .merge import merge_states
 from .plan import DecodePlan, DeviceRecord, plan
 from .shape import MLAShape
 
-try:
-    __version__ = version("flexmla")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
 
 __all__ = ["DecodePlan", "DeviceRecord", "MLAShape", "__version__", "merge_states", "mla_decode", "plan"]
 

@@ -87,7 +87,7 @@ def wide_console() -> Console:
 def demo(
     rank: Annotated[int, typer.Option(help="Width of the shared latent.")] = 192,
     d_pe: Annotated[int, typer.Option(help="Rotary dimensions a head keeps.")] = 32,
-    prompt: Annotated[str, typer.Option(help="What the models answer.")] = "What is the capital of France?",
+    prompt: Annotated[str | None, typer.Option(help="What the models answer; default: why the sky is blue.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: fp32 on CPU, bf16 on CUDA.")] = None,
     weights: Annotated[
@@ -99,7 +99,7 @@ def demo(
     from . import demo
 
     demo.run(
-        prompt=prompt,
+        prompt=demo.DEFAULT_PROMPT if prompt is None else prompt,
         rank=rank,
         d_pe=d_pe,
         device=parse_device(device),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +202,14 @@ def run(
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"json_path {json_path} is in a folder that does not exist")
 
-    with _display(console) as progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
         model, tokenizer = _load(weights, progress)
         from . import hf  # after load_model, which says what is missing
 
@@ -255,19 +261,6 @@ def run(
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")
     return result
-
-
-@contextmanager
-def _display(console: Console) -> Iterator[Progress]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
 
 
 def _load(weights: Path | None, progress: Progress) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
 BARRIER_BYTES = 256
 SCRATCH_REGISTERS = 44  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
+MERGE_WARPS = 16  # warps of the merge an SM: one latency for all of them
 MAX_STAGES = 4
 MAX_CTAS_PER_SM = 3
 MAX_DV = 512
@@ -51,6 +52,8 @@ class Tiling:
         stages: cache tiles held in shared memory.
         ctas_per_sm: CTAs that share an SM.
         workers: CTAs a head group, each with an equal run of the batch's tiles.
+        merge_ways: states of a cut row that a warp of the merge holds side by side.
+        merge_parts: warps of the merge a row and head.
     """
 
     family: str
@@ -59,6 +62,8 @@ class Tiling:
     stages: int
     ctas_per_sm: int
     workers: int
+    merge_ways: int
+    merge_parts: int
 
     def ints(self) -> tuple[int, ...]:
         """The tiling as plain integers, the form that crosses the operator boundary."""
@@ -180,6 +185,15 @@ def _workers(most: int, batch: int, row_tiles: int) -> int:
     return most
 
 
+def _merge(shape: MLAShape, batch: int, workers: int, sm_count: int) -> tuple[int, int]:
+    """Ways and parts of the merge: 8 states a lane in turn, and as many warps as keep it to MERGE_WARPS an SM."""
+    states = workers // max(1, batch) + 2
+    ways = min(8, 1 << max(0, (states - 1) // 8).bit_length())
+    vectors = -(-shape.dv // 8)
+    most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads))
+    return ways, min(-(-vectors * ways // 32), most)
+
+
 def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
     block_n = 64
@@ -200,7 +214,8 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int) -> Iterat
                 for stages in range(MAX_STAGES, wanted - 1, -1):
                     if shared_memory(shape, family, block_h, block_n, stages) <= limit:
                         workers = _workers(sm_count * ctas // -(-shape.n_heads // block_h), batch, row_tiles)
-                        yield Tiling(family, block_h, block_n, stages, ctas, workers)
+                        merge = _merge(shape, batch, workers, sm_count)
+                        yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
 
 
 def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int) -> Tiling | None:

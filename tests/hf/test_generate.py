@@ -261,3 +261,14 @@ def test_static_decoding_never_waits_for_the_device(make_model, ids):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(logits.isfinite().all() for logits in out)
+
+
+@pytest.mark.gpu
+def test_static_generation_is_compiled_and_right(make_model, ids):
+    """On CUDA, `generate` compiles steps on a static cache by itself."""
+    model = hf.patch_model(make_model(), rank=64, d_pe=8).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask.cuda()}
+    static = generate(model, ids.cuda(), cache_implementation="static", **options)
+    assert torch.equal(static, generate(model, ids.cuda(), **options))

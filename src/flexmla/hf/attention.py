@@ -14,7 +14,7 @@ from ..api import mla_decode
 from ..convert import MLAWeights
 from .masks import MaskReader, VisibleRange
 
-# Above this many query tokens, expanding the cache once costs less than scoring every query in latent width.
+# From some 20 query tokens on (SmolLM2; more on wider models) expanding the cache once costs less than latent scores.
 MAX_DECODE_QUERIES = 16
 
 
@@ -27,7 +27,7 @@ class MLAAttention(nn.Module):
 
     Args:
         config: the model's configuration.
-        weights: the converted layer (`flexmla.convert.convert_attention`); the module holds these tensors.
+        weights: the converted layer (`flexmla.convert.convert_attention`).
         o_proj: the original output projection.
         layer_idx: the layer's place in the cache.
         mask_reader: shared by the layers of one model.

@@ -41,8 +41,9 @@ def decode(
     else:
         shape = MLAShape(n_heads, kpe_cache.shape[2], dv, kpe_cache.shape[3])
         kpe = kpe_cache.flatten(2)
-    run = kernel(shape, Tiling.from_ints(tuple(tiling)), q_nope.dtype)
-    workers = tiling[-1]
+    chosen = Tiling.from_ints(tuple(tiling))
+    run = kernel(shape, chosen, q_nope.dtype)
+    workers = chosen.workers
     part = q_nope.new_empty((2 * workers, n_heads, dv))
     part_lse = q_nope.new_empty((2 * workers, n_heads), dtype=torch.float32)
     if seq_lens is None:
@@ -62,6 +63,8 @@ def decode(
         part_lse,
         softmax_scale,
         workers,
+        chosen.merge_ways,
+        chosen.merge_parts,
     )
     if dense_out.data_ptr() != out.data_ptr():
         out.copy_(dense_out.unsqueeze(1))

@@ -140,8 +140,12 @@ def many_heads(shape, block_h, block_n, stages, ctas_per_sm, dtype):
         part_lse: T.Tensor((slots, n_heads), f32),
         softmax_scale: T.float32,
         workers: T.int32,
+        ways: T.int32,
+        parts: T.int32,
     ):
         T.assume(workers > 0)
+        T.assume(ways > 0)
+        T.assume(parts > 0)
         with T.Kernel(groups, workers, threads=CONSUMERS + 128) as (group, worker):
             T.annotate_min_blocks_per_sm(ctas_per_sm)
             q_sh = T.alloc_shared((heads, dv), dtype)
@@ -185,6 +189,8 @@ def many_heads(shape, block_h, block_n, stages, ctas_per_sm, dtype):
                         rope, head0, q_full, q_empty, row, tile, left,
                     )  # fmt: skip
 
-        combine(n_heads, dv, dtype, block_n, batch, max_len, workers, seq_lens, out, lse, part, part_lse)
+        combine(
+            n_heads, dv, dtype, block_n, batch, max_len, workers, ways, parts, seq_lens, out, lse, part, part_lse
+        )  # fmt: skip
 
     return decode
