@@ -164,7 +164,7 @@ def test_devices_must_agree(name):
         (call(starts=torch.zeros(2)), "starts must be torch.int32, got torch.float32"),
         (paged(block_table=lambda x: x.long()), "block_table must be torch.int32, got torch.int64"),
         (call(v_cache=torch.zeros(2, 12, 5).half()), "v_cache must be torch.float32, got torch.float16"),
-        (call(score_scale=torch.ones(2, 12, 2).half()), "score_scale must be torch.float32 or .*, got torch.float16"),
+        (call(score_scale=torch.ones(2, 12, 2).half()), "score_scale must be torch.float32, got torch.float16"),
         (call(out=torch.zeros(2, 3, 4, 16).half()), "out must be torch.float32, got torch.float16"),
         (call(lse=torch.zeros(2, 4, 3).half()), "lse must be torch.float32, got torch.float16"),
         (call(softmax_scale=torch.tensor(0.1)), "softmax_scale must be a float, got Tensor"),
@@ -349,3 +349,22 @@ def test_public_names():
     assert flexmla.reference.mla_decode is not flexmla.mla_decode
     with pytest.raises(AttributeError, match="module 'flexmla' has no attribute 'nothing'"):
         flexmla.nothing  # noqa: B018
+
+
+def test_results_that_require_grad_are_named():
+    arguments = call()
+    out = torch.zeros(BATCH, Q_LEN, N_HEADS, DV, requires_grad=True)
+    with pytest.raises(RuntimeError, match="out requires grad"):
+        mla_decode(**arguments, out=out)
+
+
+@pytest.mark.parametrize("causal", ["no", None, 1])
+def test_causal_must_be_a_bool(causal):
+    with pytest.raises(TypeError, match="causal must be a bool"):
+        mla_decode(**call(), causal=causal)
+
+
+def test_a_result_that_overlaps_itself_is_refused():
+    out = torch.empty(500).as_strided((BATCH, Q_LEN, N_HEADS, DV), (200, 64, 8, 1))
+    with pytest.raises(ValueError, match="out must have memory of its own"):
+        mla_decode(**call(), out=out)

@@ -215,3 +215,21 @@ def test_scores_spread_up_to_where_one_token_wins():
         tops += lse[lse.isfinite()].tolist()
     assert max(tops) > 20
     assert sum(abs(x) < math.log(96) + 1 for x in tops) > len(tops) / 4
+
+
+def test_every_tilelang_case_is_one_the_backend_takes():
+    from flexmla import DeviceRecord, MLAShape
+    from flexmla.ops import _misaligned
+    from flexmla.plan import tilelang_lacks
+
+    strided = 0
+    for seed in range(100):
+        case = random_case(seed, check.TILELANG)
+        kpe = case.kpe_cache
+        shape = MLAShape(case.q_nope.shape[2], kpe.shape[2], case.q_nope.shape[3], kpe.shape[3])
+        unaligned = (
+            _misaligned(case.ckv_cache) or _misaligned(kpe) or (kpe.shape[2] > 1 and kpe.stride(2) != kpe.shape[3])
+        )
+        assert tilelang_lacks(shape, case.q_nope.dtype, DeviceRecord((9, 0), 132), unaligned=unaligned) is None
+        strided += not case.ckv_cache.is_contiguous()
+    assert strided > 20

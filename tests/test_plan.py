@@ -9,19 +9,18 @@ import torch
 from flexmla import DecodePlan, DeviceRecord, MLAShape
 from flexmla import plan as make_plan
 from flexmla.models import model_shapes
-from flexmla.plan import (
+from flexmla.plan import device_record, tilelang_lacks
+from flexmla.tiling import (
     SMEM_PER_CTA,
     SMEM_PER_SM,
     SMEM_RESERVED,
     Tiling,
-    device_record,
     padded_heads,
     rope_heads_per_group,
     rope_tile_width,
     shared_memory,
     threads_per_cta,
     tile,
-    tilelang_lacks,
 )
 
 PLAN_MODULE = importlib.import_module("flexmla.plan")  # the package's attribute of this name is the function
@@ -155,6 +154,7 @@ def test_plan_is_frozen_and_its_sizes_are_upper_bounds() -> None:
         ({"page_size": 64}, "page_size"),
         ({"dtype": torch.bfloat16}, "dtype"),
         ({"device": SMALLER}, "device"),
+        ({"device": DeviceRecord((8, 0), 132)}, "device"),
     ],
 )
 def test_plan_of_another_call_is_refused(change: dict[str, object], named: str) -> None:
@@ -191,6 +191,7 @@ def test_plan_names_a_size_out_of_range(name: str, value: int) -> None:
         (MLAShape(16, 1, 512, 64), torch.float16, {"score_scale": True}, "score_scale"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"unaligned": True}, "16 bytes"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"positive_scale": False}, "softmax_scale"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"batch": 65536}, "65536"),
     ],
 )
 def test_what_the_backend_lacks_is_named(
@@ -212,3 +213,27 @@ def test_every_published_shape_plans_on_any_device() -> None:
 def test_device_record_of_the_cpu_and_of_a_record() -> None:
     assert device_record("cpu") == DeviceRecord((0, 0), 0, "cpu")
     assert device_record(H100) is H100
+
+
+def test_a_record_matches_the_device_it_describes_by_its_numbers() -> None:
+    shape = MLAShape(16, 1, 512, 64)
+    made = make_plan(shape, 8, 4096, dtype=torch.float16, device=DeviceRecord((9, 0), 132))
+    made.check(shape, 8, 4096, 1, None, torch.float16, H100)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"shape": (16, 1, 512, 64)}, TypeError, "shape must be an MLAShape, got tuple"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be .*int8"),
+        ({"page_size": 0}, ValueError, "page_size must be at least 1, got 0"),
+        ({"batch": 2.5}, TypeError, "batch must be an int, got float"),
+        ({"device": "gpu"}, ValueError, "device must be .*'gpu'"),
+        ({"device": "cuda:99"}, ValueError, "device must be .*cuda:99"),
+    ],
+)
+def test_plan_names_what_it_cannot_take(change: dict[str, object], error: type[Exception], named: str) -> None:
+    call: dict[str, object] = {"shape": MLAShape(16, 1, 512, 64), "batch": 1, "max_len": 1}
+    call |= {"dtype": torch.float16, "device": H100} | change
+    with pytest.raises(error, match=named):
+        make_plan(**call)  # type: ignore[arg-type]

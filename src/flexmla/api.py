@@ -141,7 +141,8 @@ def mla_decode(
         if not isinstance(score_scale, Tensor) or score_scale.dim() != 3:
             raise _rank_error("score_scale", score_scale, layout + "g']")
         share = score_scale.shape[2]
-        _check("score_scale", score_scale, layout + "g']", (slots, slot_len, share), _FLOAT32 + dtypes, device)
+        kinds = _FLOAT32 if dtypes == _FLOAT32 else _FLOAT32 + dtypes
+        _check("score_scale", score_scale, layout + "g']", (slots, slot_len, share), kinds, device)
         if share == 0 or n_heads % share or (groups is not None and share != groups):
             accepted = f"divides n_heads {n_heads}" if groups is None else f"is n_rope_heads {groups}"
             raise ValueError(f"score_scale must have a last dimension that {accepted}, got {share}")
@@ -152,14 +153,17 @@ def mla_decode(
         raise TypeError(f"softmax_scale must be a float, got {type(softmax_scale).__name__}")
     elif not -_INF < softmax_scale < _INF:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
     if not 0 <= softcap < _INF:
         raise ValueError(f"softcap must be 0 (none) or positive and finite, got {softcap}")
     if torch.is_grad_enabled():
         tensors = {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
-        for name, tensor in (*tensors.items(), ("v_cache", v_cache), ("score_scale", score_scale)):
-            if tensor is not None and tensor.requires_grad:
+        tensors |= {"v_cache": v_cache, "score_scale": score_scale, "out": out, "lse": lse}
+        for name, tensor in tensors.items():
+            if getattr(tensor, "requires_grad", False):
                 raise RuntimeError(f"{name} requires grad, but mla_decode is inference only: use torch.no_grad()")
 
     if backend not in NAMES:

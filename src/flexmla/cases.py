@@ -26,7 +26,8 @@ class CaseSpace:
         max_rope_row: the most rotary-key elements a token, `n_rope_heads * d_pe`.
         seeds_per_shape: neighbouring seeds that share heads, widths and dtype, for a backend that compiles these in.
         options: whether starts, softcap, v_cache, score_scale and causal=False occur.
-        strides: whether views with padded, unaligned, permuted and merged strides occur.
+        strides: whether views with padded, permuted and merged strides occur.
+        alignment: elements that every padding and offset of the caches and queries is a multiple of.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,6 +42,7 @@ class CaseSpace:
     seeds_per_shape: int = 1
     options: bool = True
     strides: bool = True
+    alignment: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
     poison = rng.choice((float("nan"), float("nan"), float("inf")))
 
     def lay(values: Tensor, fill: float = poison) -> Tensor:
-        return _lay_out(values, fill, rng, device) if space.strides else values.contiguous().to(device)
+        aligned = space.alignment if values.is_floating_point() else 1
+        return _lay_out(values, fill, rng, device, aligned) if space.strides else values.contiguous().to(device)
 
     options: dict[str, Any] = {}
     max_len = rng.randint(1, space.max_len)
@@ -216,12 +219,14 @@ def _split(rows: Tensor, dv: int, merged: bool, lay: Callable[[Tensor], Tensor])
     return lay(rows[..., :dv]), lay(rows[..., dv:])
 
 
-def _lay_out(values: Tensor, fill: float, rng: random.Random, device: torch.device | str) -> Tensor:
+def _lay_out(values: Tensor, fill: float, rng: random.Random, device: torch.device | str, alignment: int) -> Tensor:
     """`values` as a view into a larger buffer full of `fill`, with any strides but the last, which is 1."""
     outer = values.dim() - 1
     order = rng.sample(range(outer), outer) if rng.random() < 0.3 else list(range(outer))
-    sizes = [values.shape[d] + rng.choice((0, 0, 1)) for d in order] + [values.shape[-1] + rng.choice((0, 0, 1, 8))]
-    offset = rng.choice((0, 0, 1, 8))
+    sizes = [values.shape[d] + rng.choice((0, 0, 1)) for d in order] + [
+        values.shape[-1] + alignment * rng.choice((0, 0, 1, 8))
+    ]
+    offset = alignment * rng.choice((0, 0, 1, 8))
     buffer = torch.full((offset + math.prod(sizes),), fill, dtype=values.dtype, device=device)
     view = buffer[offset:].view(sizes).permute(*(order.index(d) for d in range(outer)), outer)
     for d, size in enumerate(values.shape):

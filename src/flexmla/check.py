@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -26,6 +27,7 @@ TILELANG = CaseSpace(
     max_len=700,
     seeds_per_shape=20,
     options=False,
+    alignment=8,
 )
 
 _INF = float("inf")
@@ -104,7 +106,7 @@ def run(
     console.print(tally.table(f"{len(seeds)} random cases on {device}, backend {backend}"))
     flags = f" --dtype {_DTYPE_FLAGS[dtype]}" if dtype is not None else ""
     for case, problem in tally.misses:
-        console.print(f"[red]miss[/red] {problem}: {case.describe()}", highlight=False)
+        console.print(f"[red]miss[/red] {escape(problem)}: {escape(case.describe())}", highlight=False)
         again = f"flexmla check --seed {case.seed} --device {device} --backend {backend}{flags}"
         console.print(f"     repeat it with: {again}", highlight=False, soft_wrap=True)
     return len(tally.misses)

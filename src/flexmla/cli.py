@@ -52,14 +52,14 @@ def parse_device(name: str | None) -> torch.device:
     """
     import torch
 
+    from .plan import device_record
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a PyTorch device such as cpu or cuda:0, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one that PyTorch finds ({torch.cuda.device_count()} CUDA GPUs), got {name!r}")
+    device_record(name)
+    device = torch.device(name)
+    if device.type == "meta":
+        raise ValueError("device must be one that holds data, got 'meta'")
     return device
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -290,5 +291,7 @@ def _show(console: Console, prompt: str, result: dict[str, Any], shape: str, dty
     console.print(table)
     console.print(f"cache saved: {saving:.1%}", highlight=False)
     console.print(f"largest logit difference, absorbed against decompressed decoding: {result['logit_diff']:.2e}")
-    console.print(f"device: {result['device']}, {dtype}; backend: {result['backend']} ({reason})", highlight=False)
+    console.print(
+        f"device: {result['device']}, {dtype}; backend: {result['backend']} ({escape(reason)})", highlight=False
+    )
     console.print(f"converted layer: {shape}; {result['seconds']:.0f} s in all", highlight=False)

@@ -10,13 +10,15 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import flexmla
 
 from .models import ModelShape, model_shapes
-from .plan import DeviceRecord, Tiling, device_record, tilelang_lacks
+from .plan import DeviceRecord, device_record, tilelang_lacks
 from .shape import MLAShape
+from .tiling import Tiling
 
 MISSING = "not installed"
 
@@ -131,7 +133,7 @@ def run(
     for model, (backend, reason, _) in zip(models, backends, strict=True):
         shape = model.shape
         widths = (f"{shape.n_heads}/{shape.n_rope_heads}", f"{shape.dv}+{shape.d_pe}")
-        cells = (model.name, *widths, str(shape.bytes_per_token(dtype)), backend, reason)
+        cells = (model.name, *widths, str(shape.bytes_per_token(dtype)), backend, escape(reason))
         table.add_row(*cells[: len(table.columns)])
     console.print(table)
     if len(reasons) == 1:

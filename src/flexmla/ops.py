@@ -91,9 +91,10 @@ def _run(
 
 
 def _misaligned(cache: Tensor) -> bool:
-    """Whether TMA, which wants 16-byte aligned rows, cannot read a cache."""
+    """Whether TMA, which wants 16-byte aligned rows, cannot read a cache; the kernels' strides are 32-bit numbers."""
     first, second = cache.stride()[:2]
-    return bool((cache.data_ptr() | first * cache.element_size() | second * cache.element_size()) & 15)
+    width = cache.element_size()
+    return bool((cache.data_ptr() | first * width | second * width) & 15) or max(first, second) >= 2**31
 
 
 def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,10 @@ def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
     results = {"out": out, "lse": lse}
     for name, result in results.items():
         strides = result.stride()
-        if 0 in strides and any(stride == 0 and n > 1 for n, stride in zip(result.shape, strides, strict=True)):
+        run, step = _footprint(result)[2:]
+        if 0 < step < run or (
+            0 in strides and any(stride == 0 and n > 1 for n, stride in zip(result.shape, strides, strict=True))
+        ):
             raise ValueError(f"{name} must have memory of its own for every element, got strides {strides}")
     spans = [_footprint(result) for result in results.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)

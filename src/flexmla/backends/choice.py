@@ -90,6 +90,7 @@ def _settle(call: Call) -> tuple[tuple[int, int], str | None, tuple[int, ...]]:
         score_scale=call.score_scale,
         unaligned=call.unaligned,
         positive_scale=call.positive_scale,
+        batch=call.batch,
     )
     if lacks is not None:
         return record.capability, lacks, ()

@@ -103,11 +103,15 @@ def check_options(
         The ranks of keys and values (one and the same latent with joint SVD).
 
     Raises:
+        TypeError: a rank or d_pe that is no int.
         ValueError: an option outside what this layer's shape accepts.
     """
     head_dim, groups, hidden = weights.head_dim, weights.n_kv_heads, weights.hidden
     if svd not in ("joint", "split"):
         raise ValueError(f"svd is {svd!r}, expected 'joint' or 'split'")
+    for name, value in (("d_pe", d_pe), *(("rank", r) for r in (rank if isinstance(rank, tuple) else (rank,)))):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected an int")
     if d_pe % 2 or not 0 <= d_pe <= head_dim:
         raise ValueError(f"d_pe is {d_pe}, expected an even number from 0 to head_dim {head_dim}")
     if svd == "joint":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from ..backends.choice import NAMES
 from ..convert import ActivationStats, AttentionWeights, MLAWeights, RopeChoice, check_options, convert_attention
 from .attention import MLAAttention
 from .masks import MaskReader
@@ -55,6 +56,8 @@ def patch_model(
         ValueError: a model already converted, both or neither of weights and rank with d_pe, or layers that do not fit.
     """
     layers = _llama_layers(model)
+    if backend not in NAMES:
+        raise ValueError(f"backend must be 'auto', 'tilelang' or 'torch', got {backend!r}")
     if weights is None:
         if rank is None or d_pe is None:
             raise ValueError("patch_model needs rank and d_pe, or weights from convert_model")

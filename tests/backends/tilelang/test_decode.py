@@ -13,7 +13,8 @@ import flexmla
 from flexmla import MLAShape, reference
 from flexmla.cases import CaseSpace, random_case
 from flexmla.check import bounds, row_errors
-from flexmla.plan import device_record, tile, tilelang_installed
+from flexmla.plan import device_record, tilelang_installed
+from flexmla.tiling import tile
 
 from .covering import covering_shapes
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexmla import MLAShape
-from flexmla.plan import SMEM_PER_CTA, Tiling, shared_memory, threads_per_cta, tile
+from flexmla.tiling import SMEM_PER_CTA, Tiling, shared_memory, threads_per_cta, tile
 
 pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...plan import Tiling
 from ...shape import MLAShape
+from ...tiling import Tiling
 from .compile import kernel
 
 
@@ -30,6 +30,13 @@ def decode(
     lse: Tensor,
 ) -> None:
     """Runs a call that `plan.tilelang_lacks` has found nothing against; writes `out` and `lse`."""
+    if q_nope.device.index != torch.cuda.current_device():
+        # the launch, and the question whether a stream is capturing, go to the current device
+        with torch.cuda.device(q_nope.device):
+            return decode(
+                q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale,
+                softmax_scale, softcap, causal, tiling, out, lse,
+            )  # fmt: skip
     batch, _, n_heads, dv = q_nope.shape
     max_len = ckv_cache.shape[1]
     if max_len == 0:
@@ -79,6 +86,7 @@ def _dense(result: Tensor) -> bool:
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where its base or strides are no multiples of 16 bytes. For a call's small inputs."""
     width = tensor.element_size()
-    if tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 for stride in tensor.stride()[:-1]):
+    outer = tensor.stride()[:-1]
+    if tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 and stride < 2**31 for stride in outer):
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)

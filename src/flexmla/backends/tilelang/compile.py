@@ -11,8 +11,8 @@ import tilelang
 import torch
 from tilelang import tvm
 
-from ...plan import Tiling
 from ...shape import MLAShape
+from ...tiling import Tiling
 from .few_heads import few_heads
 from .many_heads import many_heads
 
@@ -29,6 +29,7 @@ FACTORIES = {"few_heads": few_heads, "many_heads": many_heads}
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 _lock = threading.Lock()
+_kernels: dict[Any, Any] = {}
 
 
 def program(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
@@ -67,9 +68,6 @@ def prebuild(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> str | None:
     except Exception as error:
         return f"{shape} {dtype} {tiling}: {error}"
     return None
-
-
-_kernels: dict[Any, Any] = {}
 
 
 def _compile(func: Any) -> Any:

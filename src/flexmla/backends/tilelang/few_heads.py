@@ -7,7 +7,7 @@ not belong together. docs/kernels.md tells why it is built so.
 
 import tilelang.language as T
 
-from ...plan import padded_heads, rope_tile_width
+from ...tiling import padded_heads, rope_tile_width
 from .combine import LN2, combine
 from .producer import fetch_queries, stream_tiles
 from .schedule import row_tiles, share

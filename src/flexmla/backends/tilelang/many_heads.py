@@ -6,7 +6,7 @@ the second GEMM's operand and the warpgroups share nothing but the tiles. docs/k
 
 import tilelang.language as T
 
-from ...plan import padded_heads, rope_tile_width
+from ...tiling import padded_heads, rope_tile_width
 from .combine import LN2, combine
 from .producer import fetch_queries, stream_tiles
 from .schedule import row_tiles, share

@@ -1,0 +1,153 @@
+"""The tile and grid of a shape on an SM: which kernel family, heads a CTA, tokens a tile, stages, workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+from .shape import MLAShape
+
+SMEM_PER_CTA = 232448  # bytes, compute capability 9.0
+SMEM_PER_SM = 233472
+SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
+BARRIER_BYTES = 256
+SCRATCH_REGISTERS = 44  # addresses and scalars of a consumer thread
+LEAST_BUSY = 0.95  # share of the SMs that must have work
+MERGE_WARPS = 16  # warps of the merge an SM: one latency for all of them
+MAX_STAGES = 4
+MAX_CTAS_PER_SM = 3
+FAMILIES = ("few_heads", "many_heads")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a TileLang decode kernel is specialised to and launched with.
+
+    Attributes:
+        family: `few_heads` puts tokens on the MMA's M and heads on N, `many_heads` the other way round.
+        block_h: heads a CTA works on; the head groups of a worker sit side by side in the grid.
+        block_n: tokens a tile.
+        stages: cache tiles held in shared memory.
+        ctas_per_sm: CTAs that share an SM.
+        workers: CTAs a head group, each with an equal run of the batch's tiles.
+        merge_ways: states of a cut row that a warp of the merge holds side by side.
+        merge_parts: warps of the merge a row and head.
+    """
+
+    family: str
+    block_h: int
+    block_n: int
+    stages: int
+    ctas_per_sm: int
+    workers: int
+    merge_ways: int
+    merge_parts: int
+
+    def ints(self) -> tuple[int, ...]:
+        """The tiling as plain integers, the form that crosses the operator boundary."""
+        return (FAMILIES.index(self.family), *astuple(self)[1:])
+
+    @classmethod
+    def from_ints(cls, values: tuple[int, ...]) -> Tiling:
+        return cls(FAMILIES[values[0]], *values[1:])
+
+
+def rope_heads_per_group(shape: MLAShape, block_h: int) -> int:
+    """Rotary keys that a group of `block_h` neighbouring heads touches, at most."""
+    per_key = shape.n_heads // shape.n_rope_heads
+    firsts = range(0, shape.n_heads, block_h)
+    return max((min(h + block_h, shape.n_heads) - 1) // per_key - h // per_key + 1 for h in firsts)
+
+
+def rope_tile_width(shape: MLAShape, block_h: int) -> int:
+    """Columns of a CTA's rotary-key tile: its keys side by side, padded to a width that one swizzle covers."""
+    width = rope_heads_per_group(shape, block_h) * shape.d_pe
+    step = 64 if width > 32 else 32 if width > 16 else 16
+    return -(-width // step) * step
+
+
+def padded_heads(family: str, block_h: int) -> int:
+    """Rows of the query tile: an MMA's N (multiples of 16) or M (64)."""
+    return 64 if family == "many_heads" else -(-block_h // 16) * 16
+
+
+def threads_per_cta(family: str) -> int:
+    """A consumer warpgroup and two producer warps; or two and a producer warpgroup that gives up its registers."""
+    return 384 if family == "many_heads" else 192
+
+
+def registers_per_thread(family: str, ctas_per_sm: int) -> int:
+    """What the compiler may use: an SM's four partitions have 512 registers a lane for the warps they hold."""
+    warps = -(-ctas_per_sm * threads_per_cta(family) // 128)
+    return 224 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
+
+
+def shared_memory(shape: MLAShape, family: str, block_h: int, block_n: int, stages: int) -> int:
+    """Bytes of shared memory a CTA needs."""
+    heads = padded_heads(family, block_h)
+    row = 2 * (shape.dv + (rope_tile_width(shape, block_h) if shape.d_pe else 0))
+    total = stages * block_n * row + heads * row + BARRIER_BYTES
+    if family == "few_heads":
+        total += 2 * block_n * heads + 2 * 4 * 4 * heads  # probabilities; maxima and sums, a row a warp
+    return total
+
+
+def _registers(shape: MLAShape, family: str, block_h: int, block_n: int) -> int:
+    """A consumer thread's registers for accumulator, scores and elementwise sums."""
+    heads = padded_heads(family, block_h)
+    if family == "many_heads":
+        return (heads * shape.dv // 2 + heads * block_n) // 128 + heads * block_n // 256
+    return (heads * shape.dv + 2 * heads * block_n) // 128
+
+
+def _workers(most: int, batch: int, row_tiles: int) -> int:
+    """CTAs a head group: at most one a tile, and so many that full rows are not cut where that idles few SMs.
+
+    Memory-bound work loses nothing by a few idle SMs, while a worker that ends one row and begins another stops loading
+    for the time of an epilogue, and each cut adds a partial state.
+    """
+    tiles = max(1, batch * row_tiles)
+    most = max(1, min(most, tiles))
+    for workers in range(most, int(most * LEAST_BUSY), -1):
+        chunk = -(-tiles // workers)
+        if row_tiles % chunk == 0 or chunk % max(1, row_tiles) == 0:
+            return workers
+    return most
+
+
+def _merge(shape: MLAShape, batch: int, workers: int, sm_count: int) -> tuple[int, int]:
+    """Ways and parts of the merge: 8 states a lane in turn, and as many warps as keep it to MERGE_WARPS an SM."""
+    states = workers // max(1, batch) + 2
+    ways = min(8, 1 << max(0, (states - 1) // 8).bit_length())
+    vectors = -(-shape.dv // 8)
+    most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads))
+    return ways, min(-(-vectors * ways // 32), most)
+
+
+def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int) -> Iterator[Tiling]:
+    """Candidate tilings, the best first."""
+    block_n = 64
+    row_tiles = -(-max_len // block_n)
+    candidates = [("few_heads", shape.n_heads)]
+    if shape.dv % 128 == 0:  # its two warpgroups take half of dv each, in panels of 64
+        groups = -(-shape.n_heads // 64)
+        candidates.append(("many_heads", -(-shape.n_heads // (groups * 16)) * 16 if groups > 1 else shape.n_heads))
+    candidates += [("few_heads", block_h) for block_h in (32, 16, 8) if block_h < shape.n_heads]
+    for least_stages in (2, 1):
+        for family, block_h in candidates:
+            registers = _registers(shape, family, block_h, block_n)
+            for ctas in range(MAX_CTAS_PER_SM if family == "few_heads" else 1, 0, -1):
+                if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
+                    continue
+                limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
+                wanted = max(least_stages, 3 if ctas > 1 else 1)
+                for stages in range(MAX_STAGES, wanted - 1, -1):
+                    if shared_memory(shape, family, block_h, block_n, stages) <= limit:
+                        workers = _workers(sm_count * ctas // -(-shape.n_heads // block_h), batch, row_tiles)
+                        merge = _merge(shape, batch, workers, sm_count)
+                        yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
+
+
+def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int) -> Tiling | None:
+    """Kernel family, tile and grid for a shape; None where no tile of it fits an SM."""
+    return next(_tilings(shape, sm_count, batch, max_len), None)
