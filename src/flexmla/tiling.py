@@ -13,7 +13,7 @@ SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
 BARRIER_BYTES = 256
 SCRATCH_REGISTERS = 44  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
-MERGE_WARPS = 16  # warps of the merge an SM: one latency for all of them
+MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 MAX_STAGES = 4
 MAX_CTAS_PER_SM = 3
 FAMILIES = ("few_heads", "many_heads")
@@ -30,8 +30,8 @@ class Tiling:
         stages: cache tiles held in shared memory.
         ctas_per_sm: CTAs that share an SM.
         workers: CTAs a head group, each with an equal run of the batch's tiles.
-        merge_ways: states of a cut row that a warp of the merge holds side by side.
-        merge_parts: warps of the merge a row and head.
+        log_merge_ways: two's logarithm of the states of a cut row that a warp of the merge holds side by side.
+        log_merge_parts: two's logarithm of the merge's warps a row and head.
     """
 
     family: str
@@ -40,8 +40,8 @@ class Tiling:
     stages: int
     ctas_per_sm: int
     workers: int
-    merge_ways: int
-    merge_parts: int
+    log_merge_ways: int
+    log_merge_parts: int
 
     def ints(self) -> tuple[int, ...]:
         """The tiling as plain integers, the form that crosses the operator boundary."""
@@ -116,12 +116,12 @@ def _workers(most: int, batch: int, row_tiles: int) -> int:
 
 
 def _merge(shape: MLAShape, batch: int, workers: int, sm_count: int) -> tuple[int, int]:
-    """Ways and parts of the merge: 8 states a lane in turn, and as many warps as keep it to MERGE_WARPS an SM."""
-    states = workers // max(1, batch) + 2
-    ways = min(8, 1 << max(0, (states - 1) // 8).bit_length())
-    vectors = -(-shape.dv // 8)
+    """Logarithms of the merge's ways and parts: few states in turn for a lane, and at most MERGE_WARPS warps an SM."""
+    states = workers // max(1, batch) + 1
+    log_ways = min(3, (states // 8).bit_length())
+    parts = -(-shape.dv // 8 * 2**log_ways // 32)
     most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads))
-    return ways, min(-(-vectors * ways // 32), most)
+    return log_ways, min((parts - 1).bit_length(), most.bit_length() - 1)
 
 
 def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int) -> Iterator[Tiling]:

@@ -70,8 +70,8 @@ def decode(
         part_lse,
         softmax_scale,
         workers,
-        chosen.merge_ways,
-        chosen.merge_parts,
+        chosen.log_merge_ways,
+        chosen.log_merge_parts,
     )
     if dense_out.data_ptr() != out.data_ptr():
         out.copy_(dense_out.unsqueeze(1))

@@ -7,17 +7,21 @@ from .schedule import count_before, row_tiles
 LN2 = 0.6931471805599453
 WARPS = 4
 VECTOR = 8  # elements a lane loads at once: 16 bytes
-LOADS = 4  # states a lane has in flight
+LOADS = 4  # states a lane has in flight (a power of two: 2**2 below)
 
 
 @T.macro
-def combine(n_heads, dv, dtype, block_n, batch, max_len, workers, ways, parts, seq_lens, out, lse, part, part_lse):
+def combine(
+    n_heads, dv, dtype, block_n, batch, max_len, workers, log_ways, log_parts, seq_lens, out, lse, part, part_lse
+):
     """The second launch, warps that share nothing; it may start early and waits where it needs the first one's results.
 
-    Each head of a row is cut into `parts` runs of columns, a warp each, whose lanes hold `ways` states side by side:
-    few states of many rows want few warps, many states of few rows want many loads in flight.
+    Each head of a row is cut into `2**log_parts` runs of columns, a warp each, whose lanes hold `2**log_ways` states
+    side by side: few states of many rows want few warps, many states of few rows want many loads in flight. Whatever an
+    address is made of is a variable of 32 bits: written as an expression, it would be computed again, in 64 bits, for
+    every load.
     """
-    with T.Kernel(T.ceildiv(n_heads * parts, WARPS), batch, threads=32 * WARPS) as (block, row):
+    with T.Kernel(T.ceildiv(n_heads * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (block, row):
         T.annotate_min_blocks_per_sm(6)
         acc = T.alloc_local((VECTOR,), T.float32)
         value = T.alloc_local((LOADS, VECTOR), dtype)
@@ -26,74 +30,91 @@ def combine(n_heads, dv, dtype, block_n, batch, max_len, workers, ways, parts, s
         tiles = T.alloc_var(T.int32)
         tx = T.get_thread_binding()
         lane = tx % 32
-        head = (block * WARPS + tx // 32) // parts
-        run = (block * WARPS + tx // 32) % parts
-        span = 32 // ways  # lanes of one state
-        way = lane // span
-        run_vectors = T.ceildiv(dv // VECTOR, parts)
-        end = T.min((run + 1) * run_vectors, dv // VECTOR)
+        head = T.alloc_var(T.int32)
+        run = T.alloc_var(T.int32)
+        span = T.alloc_var(T.int32)
+        way = T.alloc_var(T.int32)
+        ways = T.alloc_var(T.int32)
+        vector = T.alloc_var(T.int32)
+        end = T.alloc_var(T.int32)
+        first = T.alloc_var(T.int32)
+        states = T.alloc_var(T.int32)
+        state = T.alloc_var(T.int32)
+        some = T.alloc_var(T.int32)
+        run_vectors = T.alloc_var(T.int32)
+        head = T.shift_right(block * WARPS + tx // 32, log_parts)
+        run = block * WARPS + tx // 32 - T.shift_left(head, log_parts)
+        ways = T.shift_left(1, log_ways)
+        span = T.shift_right(32, log_ways)  # lanes of one state
+        way = T.shift_right(lane, 5 - log_ways)
+        run_vectors = T.shift_right(dv // VECTOR + T.shift_left(1, log_parts) - 1, log_parts)
+        vector = run * run_vectors
+        end = T.min(vector + run_vectors, dv // VECTOR)
         count_before(seq_lens, batch, max_len, block_n, lane, row, before, total)
         row_tiles(seq_lens, row, max_len, block_n, tiles)
+        total = T.max(T.ceildiv(total, workers), 1)  # tiles a worker
+        first = before // total
+        states = T.if_then_else(tiles > 0, (before + tiles - 1) // total - first + 1, 0)
         T.pdl_sync()
         if head < n_heads:
-            if tiles == 0:
-                for k in T.serial(T.ceildiv(run_vectors, 32)):
-                    vector = run * run_vectors + k * 32 + lane
-                    if vector < end:
-                        for v in T.vectorized(VECTOR):
-                            out[row, head, vector * VECTOR + v] = 0
+            if states == 0:
+                vector += lane
+                while vector < end:
+                    for v in T.vectorized(VECTOR):
+                        out[row, head, vector * VECTOR + v] = 0
+                    vector += 32
                 if run == 0 and lane == 0:
                     lse[row, head] = -T.infinity(T.float32)
-            else:
-                chunk = T.ceildiv(total, workers)
-                first = before // chunk
-                states = (before + tiles - 1) // chunk - first + 1
-                if states > 1:
-                    top = T.alloc_var(T.float32)
-                    denom = T.alloc_var(T.float32)
-                    weight = T.alloc_var(T.float32)
-                    top = -T.infinity(T.float32)
+            elif states > 1:
+                top = T.alloc_var(T.float32)
+                denom = T.alloc_var(T.float32)
+                weight = T.alloc_var(T.float32)
+                top = -T.infinity(T.float32)
+                for z in T.serial(T.ceildiv(states, 32)):
+                    if z * 32 + lane < states:
+                        top = T.max(top, part_lse[slot(first, z * 32 + lane), head])
+                for d in T.unroll(5):
+                    top = T.max(top, T.shfl_xor(top, 16 >> d))
+                denom = 0.0
+                for z in T.serial(T.ceildiv(states, 32)):
+                    if z * 32 + lane < states:
+                        denom += T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
+                for d in T.unroll(5):
+                    denom += T.shfl_xor(denom, 16 >> d)
+                vector += lane - T.shift_left(way, 5 - log_ways)
+                for _ in T.serial(T.shift_right(run_vectors + span - 1, 5 - log_ways)):
+                    for v in T.unroll(VECTOR):
+                        acc[v] = 0
                     for z in T.serial(T.ceildiv(states, 32)):
+                        weight = 0.0
                         if z * 32 + lane < states:
-                            top = T.max(top, part_lse[slot(first, z * 32 + lane), head])
+                            weight = T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
+                        some = T.min(states - z * 32, 32)
+                        state = way
+                        for _ in T.serial(T.shift_right(some + LOADS * ways - 1, log_ways + 2)):
+                            for u in T.unroll(LOADS):
+                                if state + u * ways < some and vector < end:
+                                    for v in T.vectorized(VECTOR):
+                                        value[u, v] = part[
+                                            slot(first, z * 32 + state + u * ways), head, vector * VECTOR + v
+                                        ]
+                                else:
+                                    for v in T.vectorized(VECTOR):
+                                        value[u, v] = 0
+                            for u in T.unroll(LOADS):
+                                share = T.shfl_sync(weight, (state + u * ways) % 32)
+                                for v in T.unroll(VECTOR):
+                                    acc[v] += T.cast(value[u, v], T.float32) * share
+                            state += LOADS * ways
                     for d in T.unroll(5):
-                        top = T.max(top, T.shfl_xor(top, 16 >> d))
-                    denom = 0.0
-                    for z in T.serial(T.ceildiv(states, 32)):
-                        if z * 32 + lane < states:
-                            denom += T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
-                    for d in T.unroll(5):
-                        denom += T.shfl_xor(denom, 16 >> d)
-                    for k in T.serial(T.ceildiv(run_vectors, span)):
-                        vector = run * run_vectors + k * span + lane % span
                         for v in T.unroll(VECTOR):
-                            acc[v] = 0
-                        for z in T.serial(T.ceildiv(states, 32)):
-                            weight = 0.0
-                            if z * 32 + lane < states:
-                                weight = T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
-                            some = T.min(states - z * 32, 32)
-                            for j in T.serial(T.ceildiv(some, ways * LOADS)):
-                                for u in T.unroll(LOADS):
-                                    state = (j * LOADS + u) * ways + way
-                                    if state < some and vector < end:
-                                        for v in T.vectorized(VECTOR):
-                                            value[u, v] = part[slot(first, z * 32 + state), head, vector * VECTOR + v]
-                                    else:
-                                        for v in T.vectorized(VECTOR):
-                                            value[u, v] = 0
-                                for u in T.unroll(LOADS):
-                                    share = T.shfl_sync(weight, ((j * LOADS + u) * ways + way) % 32)
-                                    for v in T.unroll(VECTOR):
-                                        acc[v] += T.cast(value[u, v], T.float32) * share
-                        for d in T.unroll(5):
-                            for v in T.unroll(VECTOR):
-                                acc[v] += T.if_then_else((16 >> d) >= span, 1.0, 0.0) * T.shfl_xor(acc[v], 16 >> d)
-                        if way == 0 and vector < end:
-                            for v in T.vectorized(VECTOR):
-                                out[row, head, vector * VECTOR + v] = acc[v] / denom
-                    if run == 0 and lane == 0:
-                        lse[row, head] = (T.log2(denom) + top) * LN2
+                            acc[v] += T.if_then_else((16 >> d) >= span, 1.0, 0.0) * T.shfl_xor(acc[v], 16 >> d)
+                    if way == 0 and vector < end:
+                        for v in T.vectorized(VECTOR):
+                            out[row, head, vector * VECTOR + v] = acc[v] / denom
+                    vector += span
+                if run == 0 and lane == 0:
+                    lse[row, head] = (T.log2(denom) + top) * LN2
 
 
 def slot(first, state):

@@ -52,12 +52,10 @@ def few_heads(shape, block_h, block_n, stages, ctas_per_sm, dtype):
         part_lse: T.Tensor((slots, n_heads), f32),
         softmax_scale: T.float32,
         workers: T.int32,
-        ways: T.int32,
-        parts: T.int32,
+        log_ways: T.int32,
+        log_parts: T.int32,
     ):
         T.assume(workers > 0)
-        T.assume(ways > 0)
-        T.assume(parts > 0)
         with T.Kernel(groups, workers, threads=CONSUMERS + 64) as (group, worker):
             T.annotate_min_blocks_per_sm(ctas_per_sm)
             q_sh = T.alloc_shared((heads, dv), dtype)
@@ -187,7 +185,8 @@ def few_heads(shape, block_h, block_n, stages, ctas_per_sm, dtype):
                 )  # fmt: skip
 
         combine(
-            n_heads, dv, dtype, block_n, batch, max_len, workers, ways, parts, seq_lens, out, lse, part, part_lse
+            n_heads, dv, dtype, block_n, batch, max_len, workers, log_ways, log_parts,
+            seq_lens, out, lse, part, part_lse,
         )  # fmt: skip
 
     return decode
