@@ -16,7 +16,8 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         outs: `[n, batch, q_len, n_heads, W]`, float16, bfloat16 or float32.
-        lses: float32 `[n, batch, n_heads, q_len]`, natural logarithm.
+        lses: float32 `[n, batch, n_heads, q_len]`, natural logarithm; `-inf` (not FlashMLA's `+inf`) marks an
+            empty part.
 
     Returns:
         `out` `[batch, q_len, n_heads, W]` in outs' dtype and `lse` float32 `[batch, n_heads, q_len]`, both computed in

@@ -215,6 +215,20 @@ def test_bad_options(options, message):
         convert_attention(make(4, 2), **({"rank": 6, "d_pe": 4} | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_pe": "4"}, "d_pe is '4', expected an int"),
+        ({"d_pe": 4.0}, "d_pe is 4.0, expected an int"),
+        ({"rank": True}, "rank is True, expected an int"),
+        ({"rank": (1.5, 2), "svd": "split"}, "rank is 1.5, expected an int"),
+    ],
+)
+def test_ranks_and_widths_are_ints(options, message):
+    with pytest.raises(TypeError, match=message):
+        convert_attention(make(4, 2), **({"rank": 6, "d_pe": 4} | options))
+
+
 def test_check_options_tells_the_ranks():
     weights = make(4, 2)
     assert check_options(weights, rank=6, d_pe=4) == (6, 6)
@@ -232,6 +246,7 @@ def test_check_options_tells_the_ranks():
             ValueError,
             "q_proj has 28 rows, expected n_heads 4 times an even head_dim",
         ),
+        ({"k_proj": None}, TypeError, "k_proj is NoneType, expected a tensor"),
         ({"n_kv_heads": 3}, ValueError, "n_heads 4 is not a positive multiple of n_kv_heads 3"),
         ({"n_kv_heads": 0}, ValueError, "n_heads 4 is not a positive multiple of n_kv_heads 0"),
         ({"k_proj": torch.ones(24, HIDDEN)}, ValueError, r"k_proj has shape \[24, 40\], expected \[16, 40\]"),

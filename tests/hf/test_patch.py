@@ -115,6 +115,12 @@ def test_bad_options(fresh, ids):
     weights = convert_model(fresh, rank=40, d_pe=8)
     with pytest.raises(ValueError, match="patch_model got weights and conversion options"):
         patch_model(fresh, weights, rank=40)
+    with pytest.raises(ValueError, match="patch_model got weights and conversion options"):
+        patch_model(fresh, weights, svd="split")
+    with pytest.raises(ValueError, match="backend must be 'auto', 'tilelang' or 'torch', got 'fast'"):
+        patch_model(fresh, rank=40, d_pe=8, backend="fast")
+    with pytest.raises(TypeError, match=r"weights\[0\] is NoneType, expected MLAWeights"):
+        patch_model(fresh, [None, None])
     with pytest.raises(ValueError, match="weights has 1 layers, but the model has 2"):
         patch_model(fresh, weights[:1])
     with pytest.raises(ValueError, match="rank is 200, expected 1 to 72"):

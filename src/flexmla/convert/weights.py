@@ -42,7 +42,7 @@ class AttentionWeights:
 
     Raises:
         ValueError: shapes that do not fit each other, an odd head_dim, or weights without data (the meta device).
-        TypeError: weights that are not floating point, or of several dtypes.
+        TypeError: projections that are no tensors, not floating point, or of several dtypes.
     """
 
     q_proj: Tensor
@@ -55,6 +55,9 @@ class AttentionWeights:
     v_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, tensor in (("q_proj", self.q_proj), ("k_proj", self.k_proj), ("v_proj", self.v_proj)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
         q = self.q_proj
         if q.ndim != 2:
             raise ValueError(f"q_proj has shape {list(q.shape)}, expected [n_heads * head_dim, hidden]")

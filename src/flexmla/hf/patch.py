@@ -24,7 +24,7 @@ def patch_model(
     d_pe: int | None = None,
     calibration: Tensor | Sequence[Tensor] | None = None,
     rope_dims: RopeChoice | None = None,
-    svd: Literal["joint", "split"] = "joint",
+    svd: Literal["joint", "split"] | None = None,
     whiten: bool | None = None,
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -53,7 +53,9 @@ def patch_model(
 
     Raises:
         NotImplementedError: a model that is not a Llama.
-        ValueError: a model already converted, both or neither of weights and rank with d_pe, or layers that do not fit.
+        TypeError: weights that are no MLAWeights.
+        ValueError: an unknown backend, a model already converted, both or neither of weights and rank with d_pe, or
+            layers that do not fit.
     """
     layers = _llama_layers(model)
     if backend not in NAMES:
@@ -67,15 +69,17 @@ def patch_model(
             d_pe=d_pe,
             calibration=calibration,
             rope_dims=rope_dims,
-            svd=svd,
+            svd=svd or "joint",
             whiten=whiten,
             progress=progress,
         )
-    elif any(option is not None for option in (rank, d_pe, calibration, rope_dims, whiten)):
+    elif any(option is not None for option in (rank, d_pe, calibration, rope_dims, svd, whiten)):
         raise ValueError("patch_model got weights and conversion options; the options belong to convert_model")
     if len(weights) != len(layers):
         raise ValueError(f"weights has {len(weights)} layers, but the model has {len(layers)}")
     for i, (layer, converted) in enumerate(zip(layers, weights, strict=True)):
+        if not isinstance(converted, MLAWeights):
+            raise TypeError(f"weights[{i}] is {type(converted).__name__}, expected MLAWeights from convert_model")
         have = (converted.hidden, converted.n_heads, converted.n_kv_heads, converted.head_dim)
         need = _geometry(layer.self_attn)
         if have != need:
