@@ -368,3 +368,13 @@ def test_a_result_that_overlaps_itself_is_refused():
     out = torch.empty(500).as_strided((BATCH, Q_LEN, N_HEADS, DV), (200, 64, 8, 1))
     with pytest.raises(ValueError, match="out must have memory of its own"):
         mla_decode(**call(), out=out)
+
+
+def test_a_result_padded_by_heads_and_by_rows_is_taken():
+    arguments = call()
+    want, _ = mla_decode(**arguments)
+    heads = DV + 2  # neither stride is a multiple of the other
+    out = torch.full((1000,), torch.nan).as_strided((BATCH, Q_LEN, N_HEADS, DV), (300, N_HEADS * heads + 3, heads, 1))
+    got, _ = mla_decode(**arguments, out=out)
+    assert got is out
+    torch.testing.assert_close(out, want)

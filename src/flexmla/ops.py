@@ -119,12 +119,8 @@ def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
     """Raises ValueError where writing `out` or `lse` could change an input, the other, or another element of itself."""
     results = {"out": out, "lse": lse}
     for name, result in results.items():
-        strides = result.stride()
-        run, step = _footprint(result)[2:]
-        if 0 < step < run or (
-            0 in strides and any(stride == 0 and n > 1 for n, stride in zip(result.shape, strides, strict=True))
-        ):
-            raise ValueError(f"{name} must have memory of its own for every element, got strides {strides}")
+        if not result.is_contiguous() and _overlaps_itself(result):
+            raise ValueError(f"{name} must have memory of its own for every element, got strides {result.stride()}")
     spans = [_footprint(result) for result in results.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     for other_name, other in (*zip(_INPUTS, inputs, strict=False), ("out", out)):
@@ -136,6 +132,17 @@ def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
         for name, span in zip(results, spans, strict=True):
             if name != other_name and _overlap(span, _footprint(other)):
                 raise ValueError(f"{name} must not overlap an input or the other result, got memory of {other_name}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether a dimension steps no further than what the dimensions of smaller strides span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += (size - 1) * stride
+    return False
 
 
 def _footprint(tensor: Tensor) -> tuple[int, int, int, int]:

@@ -141,6 +141,9 @@ def tilelang_lacks(
 
 @functools.cache
 def _cuda_record(index: int) -> DeviceRecord:
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"device must be one that PyTorch finds ({count} CUDA GPUs), got 'cuda:{index}'")
     properties = torch.cuda.get_device_properties(index)
     return DeviceRecord((properties.major, properties.minor), properties.multi_processor_count, properties.name)
 
@@ -153,13 +156,11 @@ def device_record(device: torch.device | str | DeviceRecord) -> DeviceRecord:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be a PyTorch device such as cpu or cuda:0, got {device!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be one that PyTorch finds ({torch.cuda.device_count()} CUDA GPUs), got {str(device)!r}"
-        )
     if device.type != "cuda":
         return DeviceRecord((0, 0), 0, device.type)
-    return _cuda_record(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is None:
+        return _cuda_record(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return _cuda_record(device.index)
 
 
 @functools.lru_cache(maxsize=4096)

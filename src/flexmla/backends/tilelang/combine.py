@@ -7,7 +7,8 @@ from .schedule import count_before, row_tiles
 LN2 = 0.6931471805599453
 WARPS = 4
 VECTOR = 8  # elements a lane loads at once: 16 bytes
-LOADS = 4  # states a lane has in flight (a power of two: 2**2 below)
+LOG_LOADS = 2
+LOADS = 1 << LOG_LOADS  # states a lane has in flight
 
 
 @T.macro
@@ -91,7 +92,7 @@ def combine(
                             weight = T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
                         some = T.min(states - z * 32, 32)
                         state = way
-                        for _ in T.serial(T.shift_right(some + LOADS * ways - 1, log_ways + 2)):
+                        for _ in T.serial(T.shift_right(some + LOADS * ways - 1, log_ways + LOG_LOADS)):
                             for u in T.unroll(LOADS):
                                 if state + u * ways < some and vector < end:
                                     for v in T.vectorized(VECTOR):
