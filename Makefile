@@ -37,7 +37,8 @@ test-gpu: $(DEPS) ## Tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench: $(DEPS) ## Measure every suite (needs a GPU; ARGS="--commit abc" passes options)
-	$(PY) -m flexmla bench llama2 per-head deepseek small-latent models --json benchmarks/results/local.jsonl $(ARGS)
+	$(PY) -m flexmla bench llama2 per-head deepseek small-latent models paged ragged mtp --overhead \
+	  --json benchmarks/results/local.jsonl $(ARGS)
 
 lint: $(DEPS) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -19,11 +19,8 @@ def call(**changes):
     options = {
         "q_len": 1,
         "page_size": None,
-        "starts": False,
         "softcap": False,
         "score_scale": False,
-        "unaligned": False,
-        "positive_scale": True,
     }
     return choice.Call(**{"device": GPU, "dtype": torch.float16, **sizes, **options, **changes})
 

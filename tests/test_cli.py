@@ -134,6 +134,22 @@ def test_bench_measures_one_shape(calls):
     assert calls["bench.run"]["peers"]
 
 
+def test_bench_measures_pages_several_queries_and_rows_of_their_own_length(calls):
+    shape = ("--n-heads", "16", "--page-size", "16", "--q-len", "4")
+    run("bench", *shape, "--lens", "131072,3x1000,0", "--device", "cpu")
+    (case,) = calls["bench.run"]["cases"]
+    assert (case.lens, case.page_size, case.q_len) == ((131072, 1000, 1000, 1000, 0), 16, 4)
+    assert (case.batch, case.max_len) == (5, 131072)
+
+
+def test_bench_measures_the_overhead_alone_or_beside_suites(calls):
+    run("bench", "--overhead", "--device", "cpu")
+    assert calls["bench.run"]["cases"] == []
+    assert {case.suite for case in calls["bench.run"]["overhead"]} == {"overhead"}
+    run("bench", "mtp", "--overhead", "--device", "cpu")
+    assert {case.suite for case in calls["bench.run"]["cases"]} == {"mtp"}
+
+
 def test_bench_measures_llama2_by_default(calls):
     run("bench", "--device", "cpu")
     assert {case.suite for case in calls["bench.run"]["cases"]} == {"llama2"}
@@ -145,7 +161,19 @@ def test_bench_measures_llama2_by_default(calls):
         (("bench", "--device", "cpu"), "error: bench needs a CUDA GPU, got device 'cpu'\n"),
         (
             ("bench", "llama3"),
-            "error: suites must be among llama2, per-head, deepseek, small-latent, models, got 'llama3'\n",
+            "error: suites must be among llama2, per-head, deepseek, small-latent, models, paged, ragged, mtp, got 'llama3'\n",
+        ),
+        (
+            ("bench", "--page-size", "16"),
+            "error: bench takes --page-size for a shape by flags, with --n-heads, got no --n-heads\n",
+        ),
+        (
+            ("bench", "--n-heads", "8", "--lens", "5x"),
+            "error: lens must be row lengths such as 131072,63x1024, got '5x'\n",
+        ),
+        (
+            ("bench", "--n-heads", "8", "--lens", "5", "--batch", "2"),
+            "error: bench takes --lens or --batch and --max-len, got --lens 5 and one of the others\n",
         ),
         (
             ("bench", "llama2", "--n-heads", "8"),

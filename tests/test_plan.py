@@ -15,7 +15,7 @@ from flexmla.tiling import (
     SMEM_PER_SM,
     SMEM_RESERVED,
     Tiling,
-    padded_heads,
+    padded_queries,
     rope_heads_per_group,
     rope_tile_width,
     shared_memory,
@@ -59,13 +59,27 @@ def test_every_shape_of_the_backend_has_a_tile_that_fits() -> None:
         assert tiling.family == "few_heads" or shape.dv % 128 == 0, shape
 
 
+@pytest.mark.parametrize("q_len", [2, 3, 4, 7, 16])
+def test_queries_of_a_cta_are_whole_heads_that_fit_its_tile(q_len: int) -> None:
+    for shape in shapes():
+        assert tilelang_lacks(shape, torch.bfloat16, H100, q_len=q_len) is None
+        tiling = tile(shape, 64, 8192, H100.sm_count, q_len)
+        assert tiling is not None, shape
+        assert tiling.block_h * q_len <= padded_queries(tiling.family, tiling.block_h * q_len)
+        used = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len)
+        assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
+        groups = -(-shape.n_heads // tiling.block_h)
+        assert (groups - 1) * tiling.block_h < shape.n_heads
+        assert tiling.workers * groups <= max(H100.sm_count * tiling.ctas_per_sm, groups)
+
+
 def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
     for shape in shapes():
         tiling = tile(shape, 64, 8192, H100.sm_count)
         assert tiling is not None
         groups = -(-shape.n_heads // tiling.block_h)
         assert (groups - 1) * tiling.block_h < shape.n_heads <= groups * tiling.block_h
-        assert tiling.block_h <= padded_heads(tiling.family, tiling.block_h)
+        assert tiling.block_h <= padded_queries(tiling.family, tiling.block_h)
         per_key = shape.n_heads // shape.n_rope_heads
         for g in range(groups):
             heads = range(g * tiling.block_h, min((g + 1) * tiling.block_h, shape.n_heads))
@@ -183,14 +197,12 @@ def test_plan_names_a_size_out_of_range(name: str, value: int) -> None:
         (MLAShape(16, 1, 1024, 64), torch.float16, {}, "1024"),
         (MLAShape(16, 1, 512, 20), torch.float16, {}, "20"),
         (MLAShape(32, 32, 512, 64), torch.float16, {}, "2048"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"q_len": 2}, "q_len"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"paged": True}, "paged"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"starts": True}, "starts"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"q_len": 17}, "q_len up to 16, not 17"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"page_size": 48}, "power of two up to 256, not 48"),
+        (MLAShape(16, 1, 512, 64), torch.float16, {"page_size": 512}, "power of two up to 256, not 512"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"softcap": True}, "softcap"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"v_cache": True}, "v_cache"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"score_scale": True}, "score_scale"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"unaligned": True}, "16 bytes"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"positive_scale": False}, "softmax_scale"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"batch": 65536}, "65536"),
     ],
 )

@@ -77,6 +77,21 @@ def parse_shape(text: str) -> MLAShape:
     return MLAShape(*map(int, parts))
 
 
+def parse_lens(text: str) -> list[int]:
+    """Row lengths from `131072,63x1024,0`: each a length, or a count and a length.
+
+    Raises:
+        ValueError: where a part is neither.
+    """
+    lens = []
+    for part in text.split(","):
+        count, x, length = part.strip().rpartition("x")
+        if not length.isdecimal() or (x and not count.isdecimal()):
+            raise ValueError(f"lens must be row lengths such as 131072,63x1024, got {text!r}")
+        lens += [int(length)] * (int(count) if x else 1)
+    return lens
+
+
 def wide_console() -> Console:
     """A console for tables: as wide as the terminal, and wide enough for them where the output goes elsewhere."""
     console = Console()
@@ -155,11 +170,17 @@ def info(
     )
 
 
+SHAPE_FLAGS = ("n_rope_heads", "dv", "d_pe", "batch", "max_len", "lens", "page_size", "q_len")
+
+
 @app.command()
 def bench(
+    context: typer.Context,
     suites: Annotated[
         list[str] | None,
-        typer.Argument(help="Among llama2, per-head, deepseek, small-latent and models; default: llama2."),
+        typer.Argument(
+            help="Among llama2, per-head, deepseek, small-latent, models, paged, ragged and mtp; default: llama2."
+        ),
     ] = None,
     n_heads: Annotated[int | None, typer.Option(help="Measure one shape: query heads.")] = None,
     n_rope_heads: Annotated[int, typer.Option(help="Rotary keys a token.")] = 1,
@@ -167,25 +188,43 @@ def bench(
     d_pe: Annotated[int, typer.Option(help="Rotary width.")] = 64,
     batch: Annotated[int, typer.Option(help="Rows.")] = 64,
     max_len: Annotated[int, typer.Option(help="Tokens a row.")] = 8192,
+    lens: Annotated[
+        str | None, typer.Option(help="Tokens of each row instead, such as 131072,63x1024 for 64 rows.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens a page; 0: contiguous.")] = 0,
+    q_len: Annotated[int, typer.Option(help="Query tokens a row.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp16 or bf16.")] = "fp16",
     peers: Annotated[bool, typer.Option(help="Time eager MLA and SDPA on the original MHA too.")] = True,
+    overhead: Annotated[bool, typer.Option("--overhead", help="Measure the host's time of an eager call too.")] = False,
     device: Device = None,
     json: Annotated[Path | None, typer.Option(help="Append a row a measurement to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw fraction of read over bytes to this file.")] = None,
     commit: Annotated[str | None, typer.Option(help="Commit in the rows, where the checkout has no history.")] = None,
 ) -> None:
     """Measure decode steps against the machine's limits; exit code 1 where a result is wrong."""
+    from .bench.case import Case
     from .bench.run import run
-    from .bench.suites import Case, suite_cases
+    from .bench.suites import overhead_cases, suite_cases
     from .shape import MLAShape
 
     chosen = parse_dtype(dtype)
+    sources = {name: context.get_parameter_source(name) for name in SHAPE_FLAGS}
+    given = ["--" + name.replace("_", "-") for name, source in sources.items() if source and source.name != "DEFAULT"]
     if n_heads is None:
-        cases = suite_cases(suites or ["llama2"], chosen)
+        if given:
+            raise ValueError(f"bench takes {given[0]} for a shape by flags, with --n-heads, got no --n-heads")
+        cases = suite_cases(suites or ([] if overhead else ["llama2"]), chosen)
     elif suites:
         raise ValueError(f"bench takes suites or a shape by flags, got {suites} and --n-heads {n_heads}")
     else:
-        cases = [Case("shape", MLAShape(n_heads, n_rope_heads, dv, d_pe), batch, max_len, chosen)]
+        shape = MLAShape(n_heads, n_rope_heads, dv, d_pe)
+        if lens is None:
+            case = Case("shape", shape, batch, max_len, chosen, page_size=page_size, q_len=q_len)
+        elif "--batch" in given or "--max-len" in given:
+            raise ValueError(f"bench takes --lens or --batch and --max-len, got --lens {lens} and one of the others")
+        else:
+            case = Case.ragged("shape", shape, parse_lens(lens), page_size=page_size, dtype=chosen, q_len=q_len)
+        cases = [case]
     misses = run(
         cases,
         device=parse_device(device),
@@ -194,6 +233,7 @@ def bench(
         plot_path=plot,
         commit=commit,
         console=wide_console(),
+        overhead=overhead_cases(chosen) if overhead else [],
     )
     raise typer.Exit(1 if misses else 0)
 

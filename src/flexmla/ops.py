@@ -61,10 +61,7 @@ def _run(
         max_len = ckv_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
         n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
         v_width = None if v_cache is None else v_cache.shape[2]
-        unaligned = _misaligned(ckv_cache) or (
-            kpe_cache is not None and (_misaligned(kpe_cache) or (n_rope_heads > 1 and kpe_cache.stride(2) != d_pe))
-        )
-        flags = (starts is not None, softcap > 0, score_scale is not None, unaligned, softmax_scale > 0)
+        flags = (softcap > 0, score_scale is not None)
         sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
         name, tiling = choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
         if name == "tilelang":
@@ -88,13 +85,6 @@ def _run(
         out,
         lse,
     )
-
-
-def _misaligned(cache: Tensor) -> bool:
-    """Whether TMA, which wants 16-byte aligned rows, cannot read a cache; the kernels' strides are 32-bit numbers."""
-    first, second = cache.stride()[:2]
-    width = cache.element_size()
-    return bool((cache.data_ptr() | first * width | second * width) & 15) or max(first, second) >= 2**31
 
 
 def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:

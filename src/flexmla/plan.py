@@ -15,6 +15,8 @@ HOPPER = (9, 0)
 MAX_DV = 512
 MAX_BATCH = 65535  # the second dimension of a grid
 MAX_ROPE_ROW = 1024
+MAX_Q_LEN = 16
+MAX_PAGE_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,13 @@ def tilelang_lacks(
     device: DeviceRecord,
     *,
     q_len: int = 1,
-    paged: bool = False,
-    starts: bool = False,
+    page_size: int | None = None,
     softcap: bool = False,
     v_cache: bool = False,
     score_scale: bool = False,
-    unaligned: bool = False,
-    positive_scale: bool = True,
     batch: int = 1,
 ) -> str | None:
-    """Why the TileLang backend does not take a combination; None where it does.
-
-    `unaligned` stands for caches whose base or strides are no multiples of 16 bytes, whose strides pass 2**31, or whose
-    rotary keys of one token do not follow each other.
-    """
+    """Why the TileLang backend does not take a combination; None where it does."""
     if device.capability == (0, 0):
         return f"it needs a CUDA GPU of compute capability 9.0, not {device.name or 'a CPU'}"
     if device.capability != HOPPER:
@@ -113,28 +108,25 @@ def tilelang_lacks(
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     for name, present in (
-        ("q_len above 1", q_len > 1),
-        ("a paged cache", paged),
-        ("starts", starts),
         ("softcap", softcap),
         ("v_cache", v_cache),
         ("score_scale", score_scale),
     ):
         if present:
             return f"it does not take {name} yet"
-    if unaligned:
-        return "it takes caches aligned to 16 bytes, with strides below 2**31 and a token's rotary keys side by side"
+    if q_len > MAX_Q_LEN:
+        return f"it takes a q_len up to {MAX_Q_LEN}, not {q_len}"
+    if page_size is not None and (page_size > MAX_PAGE_SIZE or page_size.bit_count() != 1):
+        return f"it takes a page_size that is a power of two up to {MAX_PAGE_SIZE}, not {page_size}"
     if batch > MAX_BATCH:
         return f"it takes a batch up to {MAX_BATCH}, not {batch}"
-    if not positive_scale:
-        return "it takes a softmax_scale above 0"
     if shape.dv % 64 or shape.dv > MAX_DV:
         return f"it takes a dv that is a multiple of 64 up to {MAX_DV}, not {shape.dv}"
     if shape.d_pe % 8:
         return f"it takes a d_pe that is a multiple of 8, not {shape.d_pe}"
     if shape.n_rope_heads * shape.d_pe > MAX_ROPE_ROW:
         return f"it takes n_rope_heads * d_pe up to {MAX_ROPE_ROW}, not {shape.n_rope_heads * shape.d_pe}"
-    if tile(shape, 1, 1, device.sm_count) is None:
+    if tile(shape, 1, 1, device.sm_count, q_len) is None:
         return "no tile of this shape fits an SM's shared memory"
     return None
 
@@ -181,7 +173,7 @@ def _plan(
     if not installed:
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
-    tiling = tile(shape, batch, max_len, record.sm_count)
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 
@@ -223,6 +215,6 @@ def plan(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     record = device_record(device)
     lacks = tilelang_lacks(
-        shape, dtype, record, q_len=q_len, paged=page_size is not None, v_cache=shape.v_width is not None, batch=batch
+        shape, dtype, record, q_len=q_len, page_size=page_size, v_cache=shape.v_width is not None, batch=batch
     )
     return _plan(shape, batch, max_len, q_len, page_size, dtype, record, lacks, lacks is None and tilelang_installed())

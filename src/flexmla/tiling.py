@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
@@ -11,7 +12,7 @@ SMEM_PER_CTA = 232448  # bytes, compute capability 9.0
 SMEM_PER_SM = 233472
 SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
 BARRIER_BYTES = 256
-SCRATCH_REGISTERS = 44  # addresses and scalars of a consumer thread
+SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 MAX_STAGES = 4
@@ -66,9 +67,9 @@ def rope_tile_width(shape: MLAShape, block_h: int) -> int:
     return -(-width // step) * step
 
 
-def padded_heads(family: str, block_h: int) -> int:
-    """Rows of the query tile: an MMA's N (multiples of 16) or M (64)."""
-    return 64 if family == "many_heads" else -(-block_h // 16) * 16
+def padded_queries(family: str, block_q: int) -> int:
+    """Rows of the tile of `block_q` queries: an MMA's N (multiples of 16) or M (64)."""
+    return 64 if family == "many_heads" else -(-block_q // 16) * 16
 
 
 def threads_per_cta(family: str) -> int:
@@ -79,25 +80,25 @@ def threads_per_cta(family: str) -> int:
 def registers_per_thread(family: str, ctas_per_sm: int) -> int:
     """What the compiler may use: an SM's four partitions have 512 registers a lane for the warps they hold."""
     warps = -(-ctas_per_sm * threads_per_cta(family) // 128)
-    return 224 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
+    return 216 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
 
 
-def shared_memory(shape: MLAShape, family: str, block_h: int, block_n: int, stages: int) -> int:
+def shared_memory(shape: MLAShape, family: str, block_h: int, block_n: int, stages: int, q_len: int = 1) -> int:
     """Bytes of shared memory a CTA needs."""
-    heads = padded_heads(family, block_h)
+    queries = padded_queries(family, block_h * q_len)
     row = 2 * (shape.dv + (rope_tile_width(shape, block_h) if shape.d_pe else 0))
-    total = stages * block_n * row + heads * row + BARRIER_BYTES
+    total = stages * block_n * row + queries * row + BARRIER_BYTES
     if family == "few_heads":
-        total += 2 * block_n * heads + 2 * 4 * 4 * heads  # probabilities; maxima and sums, a row a warp
+        total += 2 * block_n * queries + 2 * 4 * 4 * queries  # probabilities; maxima and sums, a row a warp
     return total
 
 
-def _registers(shape: MLAShape, family: str, block_h: int, block_n: int) -> int:
+def _registers(shape: MLAShape, family: str, block_q: int, block_n: int) -> int:
     """A consumer thread's registers for accumulator, scores and elementwise sums."""
-    heads = padded_heads(family, block_h)
+    queries = padded_queries(family, block_q)
     if family == "many_heads":
-        return (heads * shape.dv // 2 + heads * block_n) // 128 + heads * block_n // 256
-    return (heads * shape.dv + 2 * heads * block_n) // 128
+        return (queries * shape.dv // 2 + queries * block_n) // 128 + queries * block_n // 256
+    return (queries * shape.dv + 2 * queries * block_n) // 128
 
 
 def _workers(most: int, batch: int, row_tiles: int) -> int:
@@ -115,39 +116,43 @@ def _workers(most: int, batch: int, row_tiles: int) -> int:
     return most
 
 
-def _merge(shape: MLAShape, batch: int, workers: int, sm_count: int) -> tuple[int, int]:
+def _merge(shape: MLAShape, batch: int, q_len: int, workers: int, sm_count: int) -> tuple[int, int]:
     """Logarithms of the merge's ways and parts: few states in turn for a lane, and at most MERGE_WARPS warps an SM."""
     states = workers // max(1, batch) + 1
     log_ways = min(3, (states // 8).bit_length())
     parts = -(-shape.dv // 8 * 2**log_ways // 32)
-    most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads))
+    most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads * q_len))
     return log_ways, min((parts - 1).bit_length(), most.bit_length() - 1)
 
 
-def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int) -> Iterator[Tiling]:
+def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
     block_n = 64
     row_tiles = -(-max_len // block_n)
     candidates = [("few_heads", shape.n_heads)]
     if shape.dv % 128 == 0:  # its two warpgroups take half of dv each, in panels of 64
-        groups = -(-shape.n_heads // 64)
-        candidates.append(("many_heads", -(-shape.n_heads // (groups * 16)) * 16 if groups > 1 else shape.n_heads))
-    candidates += [("few_heads", block_h) for block_h in (32, 16, 8) if block_h < shape.n_heads]
+        groups = -(-shape.n_heads // (64 // q_len))
+        step = 16 // math.gcd(16, q_len)  # heads whose queries fill a multiple of 16 rows
+        even = -(-shape.n_heads // groups)
+        candidates.append(("many_heads", min(-(-even // step) * step, 64 // q_len) if groups > 1 else even))
+    candidates += [
+        ("few_heads", block_q // q_len) for block_q in (32, 16, 8) if q_len <= block_q < shape.n_heads * q_len
+    ]
     for least_stages in (2, 1):
         for family, block_h in candidates:
-            registers = _registers(shape, family, block_h, block_n)
+            registers = _registers(shape, family, block_h * q_len, block_n)
             for ctas in range(MAX_CTAS_PER_SM if family == "few_heads" else 1, 0, -1):
                 if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
                     continue
                 limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
                 wanted = max(least_stages, 3 if ctas > 1 else 1)
                 for stages in range(MAX_STAGES, wanted - 1, -1):
-                    if shared_memory(shape, family, block_h, block_n, stages) <= limit:
+                    if shared_memory(shape, family, block_h, block_n, stages, q_len) <= limit:
                         workers = _workers(sm_count * ctas // -(-shape.n_heads // block_h), batch, row_tiles)
-                        merge = _merge(shape, batch, workers, sm_count)
+                        merge = _merge(shape, batch, q_len, workers, sm_count)
                         yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
 
 
-def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int) -> Tiling | None:
+def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1) -> Tiling | None:
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM."""
-    return next(_tilings(shape, sm_count, batch, max_len), None)
+    return next(_tilings(shape, sm_count, batch, max_len, q_len), None)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flexmla import MLAShape, reference
+from flexmla.bench.case import Case
 from flexmla.bench.inputs import MHA_HEAD_DIM, LatentInputs, MHAInputs
-from flexmla.bench.suites import Case
 
 CPU = torch.device("cpu")
 SHAPES = [MLAShape(6, 1, 24, 8), MLAShape(6, 2, 24, 8), MLAShape(6, 6, 24, 8), MLAShape(6, 1, 40, 0)]
@@ -26,6 +26,28 @@ def test_expected_is_the_reference(shape, score_scale, softcap):
     for result, right in zip(x.expected(), (out, lse), strict=True):
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("shape", SHAPES[1], 3, 48, page_size=16, q_len=3),
+        Case.ragged("shape", SHAPES[2], [0, 5, 37, 1], page_size=4, q_len=2),
+        Case.ragged("shape", SHAPES[3], [0, 5, 37, 1]),
+        Case.ragged("shape", SHAPES[0], [30, 2], page_size=1, score_scale=True),
+    ],
+    ids=str,
+)
+def test_expected_of_paged_and_ragged_rows_is_the_reference(case):
+    x = LatentInputs.random(case, CPU, generator())
+    right = reference.mla_decode(
+        x.q_nope, x.q_pe, x.ckv, x.kpe, seq_lens=x.seq_lens, block_table=x.block_table, score_scale=x.score_scale
+    )
+    for result, expected in zip(x.expected(), right, strict=True):
+        torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
+    if x.block_table is not None:
+        pages = x.block_table[x.block_table >= 0]
+        assert sorted(pages.tolist()) == list(range(x.ckv.shape[0]))
 
 
 def test_inputs_weigh_what_the_case_counts():

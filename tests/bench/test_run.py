@@ -10,12 +10,12 @@ from rich.console import Console
 
 from flexmla import MLAShape
 from flexmla.bench import ceilings, run
+from flexmla.bench.case import Case
 from flexmla.bench.ceilings import Ceilings
 from flexmla.bench.inputs import LatentInputs, MHAInputs
 from flexmla.bench.peers import PEERS, Contender, flexmla_contender
 from flexmla.bench.report import KEYS
 from flexmla.bench.run import Rig, checkout_commit, measure_case, measure_suite
-from flexmla.bench.suites import Case
 from flexmla.bench.timing import GraphTimer
 
 CPU = torch.device("cpu")
@@ -228,6 +228,25 @@ def test_another_projects_commit_is_not_ours(tmp_path):
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "theirs")
     assert checkout_commit(package) is None
+
+
+def test_the_overhead_is_measured_on_any_device_and_has_no_rates(tmp_path):
+    console, path = quiet(), tmp_path / "rows.jsonl"
+    case = Case("overhead", MLAShape(4, 2, 64, 16), 2, 48, page_size=16)
+    options = {"peers": True, "plot_path": None, "commit": "abc", "console": console}
+    assert run.run([], device=CPU, json_path=path, overhead=[case], **options) == 0
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (row["suite"], row["name"], row["page_size"], row["gpu"]) == ("overhead", "flexmla-torch", 16, "cpu")
+    assert row["us"] > 0
+    assert [row[key] for key in ("gb_s", "read_gb_s", "frac_read", "tflops", "matmul_tflops", "frac_matmul")] == [
+        None
+    ] * 6
+    assert "us on the host" in console.file.getvalue()
+
+
+def test_a_plot_needs_cases(tmp_path):
+    with pytest.raises(ValueError, match="a plot needs suites or a shape, got the overhead alone"):
+        run.run([], device=CPU, peers=True, json_path=None, plot_path=tmp_path / "x.png", commit="a", console=quiet())
 
 
 @pytest.mark.gpu

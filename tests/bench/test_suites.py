@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flexmla import MLAShape
-from flexmla.bench.suites import SUITES, Case, suite_cases
+from flexmla.bench.case import Case
+from flexmla.bench.suites import SUITES, mixed_lens, overhead_cases, suite_cases
 from flexmla.models import model_shapes
 
 
@@ -88,3 +89,44 @@ def test_an_unknown_suite_is_named():
 def test_a_case_in_one_line():
     assert str(Case("llama2", MLAShape(32, 1, 512, 16), 64, 8192)) == "llama2 32/1 512+16 64 x 8K"
     assert Case("shape", MLAShape(32, 1, 512, 16), 3, 100).size == "3 x 100"
+    uneven = Case.ragged("ragged", MLAShape(32, 1, 512, 16), [131072] + [1024] * 63, page_size=64, q_len=2)
+    assert uneven.size == "1 x 128K + 63 x 1K, page 64, q_len 2"
+    assert Case.ragged("ragged", MLAShape(32, 1, 512, 16), [1, 7, 9, 2048]).size == "4 x 1..2K"
+
+
+def test_ragged_cases_count_what_is_visible_and_hold_what_is_there():
+    shape = MLAShape(8, 1, 64, 16)
+    paged = Case.ragged("ragged", shape, [100, 0, 16], page_size=16)
+    assert (paged.tokens, paged.max_len, paged.row_pages, paged.slots) == (116, 112, (7, 0, 1), (8, 16))
+    per_row = 3 * 8 * (64 + 16 + 64) * 2
+    assert paged.n_bytes == 116 * 160 + per_row
+    assert paged.held_bytes == 128 * 160 + per_row
+    contiguous = Case.ragged("ragged", shape, [100, 0, 16])
+    assert (contiguous.max_len, contiguous.slots) == (100, (3, 100))
+    assert contiguous.held_bytes == 300 * 160 + per_row
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"batch": 2, "max_len": 10, "lens": (3,)}, "lens must hold a length for each of the 2 rows, got 1"),
+        ({"batch": 1, "max_len": 10, "lens": (11,)}, "lens must be 0 to max_len 10, got 11"),
+        ({"batch": 1, "max_len": 10, "lens": (0,)}, "lens must hold a visible token"),
+        ({"batch": 1, "max_len": 10, "page_size": 4}, "max_len must be a multiple of page_size 4, got 10"),
+        ({"batch": 1, "max_len": 10, "q_len": 0}, "q_len must be at least 1, got 0"),
+    ],
+)
+def test_contradicting_sizes_are_named(sizes, named):
+    with pytest.raises(ValueError, match=named):
+        Case("shape", MLAShape(8, 1, 64, 8), **sizes)
+
+
+def test_suites_of_the_paths_that_engines_use():
+    paged, ragged, mtp = (suite_cases([name]) for name in ("paged", "ragged", "mtp"))
+    assert {case.page_size for case in paged} == {2**n for n in range(9)}
+    assert len({case.tokens for case in ragged if case.page_size}) == 1  # one long row, or the same tokens evenly
+    assert {case.q_len for case in mtp} >= {1, 2, 4}
+    assert {case.page_size for case in overhead_cases()} == {0, 64}
+    lens = mixed_lens(256, 8192)
+    assert lens == mixed_lens(256, 8192)
+    assert (min(lens), max(lens), len(lens)) == (0, 8192, 256)

@@ -1,32 +1,52 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from flexmla.bench.timing import GraphTimer, rotated_sets
+from flexmla.bench.timing import GraphTimer, HostTimer, rotated_sets
 
 GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("set_bytes", "l2_bytes", "free_bytes", "sets"),
+    ("moved_bytes", "held_bytes", "free_bytes", "sets"),
     [
-        (17_800_000, 50 * 2**20, 80 * GB, 9),  # 9 sets are 160 MB, 8 are less than 3 x 52 MB
-        (GB, 50 * 2**20, 80 * GB, 1),
-        (17_800_000, 50 * 2**20, 100_000_000, 2),
-        (30 * GB, 50 * 2**20, 40 * GB, 1),
+        (17_800_000, 17_800_000, 80 * GB, 9),  # 9 sets are 160 MB, 8 are less than 3 x 52 MB
+        (GB, GB, 80 * GB, 1),
+        (17_800_000, 17_800_000, 100_000_000, 2),
+        (17_800_000, 10 * GB, 80 * GB, 4),  # the cache has room for more than is visible
+        (30 * GB, 30 * GB, 40 * GB, 1),
     ],
 )
-def test_rotated_sets(set_bytes, l2_bytes, free_bytes, sets):
-    assert rotated_sets(set_bytes, l2_bytes, free_bytes) == sets
+def test_rotated_sets(moved_bytes, held_bytes, free_bytes, sets):
+    assert rotated_sets(moved_bytes, held_bytes, 50 * 2**20, free_bytes) == sets
 
 
-def test_timing_needs_prepared_calls():
-    timer = GraphTimer(torch.device("cuda"))
+@pytest.mark.parametrize("timer", [GraphTimer(torch.device("cuda")), HostTimer(torch.device("cpu"))])
+def test_timing_needs_prepared_calls(timer):
     with pytest.raises(RuntimeError, match="prepare must be called before us"):
         timer.us()
     with pytest.raises(ValueError, match="at least one call, got none"):
         timer.prepare([])
+
+
+def test_the_host_timer_runs_calls_in_turn_and_takes_their_median():
+    ran = []
+
+    def call(name, seconds):
+        ran.append((name, torch.is_inference_mode_enabled()))
+        time.sleep(seconds)
+        return name
+
+    timer = HostTimer(torch.device("cpu"), n_calls=5)
+    assert timer.prepare([lambda: call("a", 0.002), lambda: call("b", 0)]) == ["a", "b"]
+    assert 2000 <= timer.us() < 200_000  # three of the five calls are the slower one
+    assert ran == [(name, True) for name in "ababaab"[:2] + "ababa"]
+    timer.release()
+    with pytest.raises(RuntimeError, match="prepare must be called before us"):
+        timer.us()
 
 
 @pytest.mark.gpu

@@ -31,11 +31,8 @@ class Call(NamedTuple):
     max_len: int
     q_len: int
     page_size: int | None
-    starts: bool
     softcap: bool
     score_scale: bool
-    unaligned: bool
-    positive_scale: bool
 
 
 def choose(
@@ -83,13 +80,10 @@ def _settle(call: Call) -> tuple[tuple[int, int], str | None, tuple[int, ...]]:
         call.dtype,
         record,
         q_len=call.q_len,
-        paged=call.page_size is not None,
-        starts=call.starts,
+        page_size=call.page_size,
         softcap=call.softcap,
         v_cache=call.v_width is not None,
         score_scale=call.score_scale,
-        unaligned=call.unaligned,
-        positive_scale=call.positive_scale,
         batch=call.batch,
     )
     if lacks is not None:

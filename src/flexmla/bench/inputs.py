@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .suites import Case
+from .case import Case
 
 MHA_HEAD_DIM = 128
 
@@ -27,25 +27,34 @@ class Inputs(Protocol):
         """Bytes a step must move: the visible cache once, the query and the output."""
 
     @staticmethod
+    def held_bytes(case: Case) -> int:
+        """Bytes of device memory that the inputs and the output take."""
+
+    @staticmethod
     def flop(case: Case) -> int:
         """Operations of a step."""
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The result in float32, from the same values: out `[batch, 1, n_heads, width]`, lse `[batch, n_heads, 1]`."""
+        """The result in float32, from the same values: `[batch, q_len, n_heads, width]`, `[batch, n_heads, q_len]`."""
 
 
 @dataclass(frozen=True)
 class LatentInputs:
     """What `flexmla.mla_decode` takes.
 
+    A paged cache is merged: `ckv` and `kpe` are views into rows `[n_pages, page_size, dv + n_rope_heads * d_pe]`, and
+    the pages of the batch lie in it in random order.
+
     Attributes:
         case: where they belong.
-        q_nope: `[batch, 1, n_heads, dv]`.
-        q_pe: `[batch, 1, n_heads, d_pe]`, None where d_pe is 0.
-        ckv: `[batch, max_len, dv]`.
-        kpe: `[batch, max_len, n_rope_heads, d_pe]`, None where d_pe is 0.
-        seq_lens: int32 `[batch]`, all max_len.
-        score_scale: float32 `[batch, max_len, n_rope_heads]` between 0.5 and 1.5, or None.
+        q_nope: `[batch, q_len, n_heads, dv]`.
+        q_pe: `[batch, q_len, n_heads, d_pe]`, None where d_pe is 0.
+        ckv: `[batch, max_len, dv]` or `[n_pages, page_size, dv]`.
+        kpe: `[batch, max_len, n_rope_heads, d_pe]` or `[n_pages, page_size, n_rope_heads, d_pe]`, None where d_pe is 0.
+        seq_lens: int32 `[batch]`.
+        block_table: int32 `[batch, max_len / page_size]`, -1 past a row's pages; None for contiguous caches.
+        score_scale: float32 `[batch, max_len, n_rope_heads]` or `[n_pages, page_size, n_rope_heads]`, between 0.5 and
+            1.5, or None.
     """
 
     case: Case
@@ -54,31 +63,48 @@ class LatentInputs:
     ckv: Tensor
     kpe: Tensor | None
     seq_lens: Tensor
+    block_table: Tensor | None
     score_scale: Tensor | None
 
     @classmethod
     def random(cls, case: Case, device: torch.device, generator: torch.Generator) -> LatentInputs:
-        shape, b, n = case.shape, case.batch, case.max_len
+        shape, b, slots = case.shape, case.batch, case.slots
+        rope = (shape.n_rope_heads, shape.d_pe)
 
         def normal(*size: int) -> Tensor:
             return torch.randn(size, dtype=case.dtype, device=device, generator=generator)
 
+        kpe = None
+        if case.page_size:
+            rows = normal(*slots, shape.dv + shape.n_rope_heads * shape.d_pe)
+            ckv = rows[..., : shape.dv]
+            if shape.d_pe:
+                kpe = rows[..., shape.dv :].unflatten(-1, rope)
+        else:
+            ckv = normal(*slots, shape.dv)
+            if shape.d_pe:
+                kpe = normal(*slots, *rope)
         score_scale = None
         if case.score_scale:
-            score_scale = torch.rand((b, n, shape.n_rope_heads), device=device, generator=generator) + 0.5
+            score_scale = torch.rand((*slots, shape.n_rope_heads), device=device, generator=generator) + 0.5
         return cls(
             case=case,
-            q_nope=normal(b, 1, shape.n_heads, shape.dv),
-            q_pe=normal(b, 1, shape.n_heads, shape.d_pe) if shape.d_pe else None,
-            ckv=normal(b, n, shape.dv),
-            kpe=normal(b, n, shape.n_rope_heads, shape.d_pe) if shape.d_pe else None,
-            seq_lens=torch.full((b,), n, dtype=torch.int32, device=device),
+            q_nope=normal(b, case.q_len, shape.n_heads, shape.dv),
+            q_pe=normal(b, case.q_len, shape.n_heads, shape.d_pe) if shape.d_pe else None,
+            ckv=ckv,
+            kpe=kpe,
+            seq_lens=torch.tensor(case.row_lens, dtype=torch.int32, device=device),
+            block_table=_random_table(case, device, generator) if case.page_size else None,
             score_scale=score_scale,
         )
 
     @staticmethod
     def n_bytes(case: Case) -> int:
         return case.n_bytes
+
+    @staticmethod
+    def held_bytes(case: Case) -> int:
+        return case.held_bytes
 
     @staticmethod
     def flop(case: Case) -> int:
@@ -90,29 +116,60 @@ class LatentInputs:
         return (self.case.shape.dv + self.case.shape.d_pe) ** -0.5
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """A batch row at a time, so that the float32 copy is one row's cache."""
-        rows = [self._expected_row(b) for b in range(self.case.batch)]
+        """A batch row at a time, so that copies are of one row's visible cache."""
+        with _full_float32():
+            rows = [self._expected_row(b) for b in range(self.case.batch)]
         return torch.stack([out for out, _ in rows]), torch.stack([lse for _, lse in rows])
 
     def _expected_row(self, b: int) -> tuple[Tensor, Tensor]:
-        groups = self.case.shape.n_rope_heads
-        with _full_float32():
-            ckv = self.ckv[b].float()  # [n, dv]
-            scores = torch.einsum("hd,td->ht", self.q_nope[b, 0].float(), ckv)
-            if self.q_pe is not None and self.kpe is not None:
-                q_pe = self.q_pe[b, 0].float().unflatten(0, (groups, -1))  # [g, rep, d_pe]
-                scores += torch.einsum("grp,tgp->grt", q_pe, self.kpe[b].float()).flatten(0, 1)
+        """`[q_len, n_heads, dv]` and `[n_heads, q_len]` of row b."""
+        shape, q_len, n = self.case.shape, self.case.q_len, self.case.row_lens[b]
+        out = torch.zeros((q_len, shape.n_heads, shape.dv), device=self.ckv.device)
+        lse = torch.full((shape.n_heads, q_len), float("-inf"), device=self.ckv.device)
+        ckv, kpe, score_scale = (self._visible(cache, b) for cache in (self.ckv, self.kpe, self.score_scale))
+        assert ckv is not None, "every cache has latents"
+        for i in range(q_len):
+            end = n - q_len + i + 1
+            if end <= 0:  # the query is older than the row's first token
+                continue
+            scores = torch.einsum("hd,td->ht", self.q_nope[b, i].float(), ckv[:end])
+            if self.q_pe is not None and kpe is not None:
+                q_pe = self.q_pe[b, i].float().unflatten(0, (shape.n_rope_heads, -1))  # [g, rep, d_pe]
+                scores += torch.einsum("grp,tgp->grt", q_pe, kpe[:end]).flatten(0, 1)
             scores *= self.softmax_scale
-            if self.score_scale is not None:
-                scores *= self.score_scale[b].T.repeat_interleave(self.case.shape.n_heads // groups, 0)
+            if score_scale is not None:
+                scores *= score_scale[:end].T.repeat_interleave(shape.n_heads // shape.n_rope_heads, 0)
             if self.case.softcap:
                 scores = self.case.softcap * torch.tanh(scores / self.case.softcap)
-            return torch.einsum("ht,td->hd", scores.softmax(-1), ckv)[None], scores.logsumexp(-1, keepdim=True)
+            out[i] = torch.einsum("ht,td->hd", scores.softmax(-1), ckv[:end])
+            lse[:, i] = scores.logsumexp(-1)
+        return out, lse
+
+    def _visible(self, cache: Tensor | None, b: int) -> Tensor | None:
+        """The visible tokens of row b in float32, `[seq_len, ...]`."""
+        if cache is None:
+            return None
+        n = self.case.row_lens[b]
+        if self.block_table is None:
+            return cache[b, :n].float()
+        pages = self.block_table[b, : -(-n // self.case.page_size)]
+        return cache[pages].flatten(0, 1)[:n].float()
+
+
+def _random_table(case: Case, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Gives every row of a paged case its pages, in random order: `[batch, max_len / page_size]`."""
+    column = torch.arange(case.max_len // case.page_size, device=device)
+    used = column < torch.tensor(case.row_pages, device=device)[:, None]
+    table = torch.full(used.shape, -1, dtype=torch.int32, device=device)
+    table[used] = torch.randperm(case.slots[0], device=device, generator=generator).int()
+    return table
 
 
 @dataclass(frozen=True)
 class MHAInputs:
     """A plain multi-head cache of `n_heads` x 128 keys and values: what a model holds before its conversion.
+
+    For one query token and full, contiguous rows.
 
     Attributes:
         case: the latent case it stands beside.
@@ -139,6 +196,10 @@ class MHAInputs:
     def n_bytes(case: Case) -> int:
         rows = 2 * case.tokens + 2 * case.batch * case.q_len
         return rows * case.shape.n_heads * MHA_HEAD_DIM * case.dtype.itemsize
+
+    @staticmethod
+    def held_bytes(case: Case) -> int:
+        return MHAInputs.n_bytes(case)
 
     @staticmethod
     def flop(case: Case) -> int:

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flexmla
 from flexmla.plan import device_record, tilelang_lacks
 
+from .case import Case
 from .inputs import Inputs, LatentInputs, MHAInputs
-from .suites import Case
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Contender:
     Attributes:
         name: as rows and tables have it.
         inputs: the kind of inputs it takes.
-        decode: from such inputs to `[batch, 1, n_heads, width]`, and `lse [batch, n_heads, 1]` where it has one.
+        decode: from such inputs to `[batch, q_len, n_heads, width]`, and `lse [batch, n_heads, q_len]` or None.
     """
 
     name: str
@@ -35,9 +35,26 @@ class Contender:
 
 def flexmla_contender(case: Case, device: torch.device) -> Contender:
     """`flexmla.mla_decode` with its plan: `flexmla` on the TileLang kernels, `flexmla-torch` on the torch backend."""
-    plan = flexmla.plan(case.shape, case.batch, case.max_len, dtype=case.dtype, device=device)
+    plan = flexmla.plan(
+        case.shape,
+        case.batch,
+        case.max_len,
+        q_len=case.q_len,
+        page_size=case.page_size or None,
+        dtype=case.dtype,
+        device=device,
+    )
     record = device_record(device)
-    lacks = tilelang_lacks(case.shape, case.dtype, record, softcap=case.softcap > 0, score_scale=case.score_scale)
+    lacks = tilelang_lacks(
+        case.shape,
+        case.dtype,
+        record,
+        q_len=case.q_len,
+        page_size=case.page_size or None,
+        softcap=case.softcap > 0,
+        score_scale=case.score_scale,
+        batch=case.batch,
+    )
     backend = plan.backend if lacks is None else "torch"
 
     def decode(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
@@ -47,6 +64,7 @@ def flexmla_contender(case: Case, device: torch.device) -> Contender:
             inputs.ckv,
             inputs.kpe,
             seq_lens=inputs.seq_lens,
+            block_table=inputs.block_table,
             softcap=case.softcap,
             score_scale=inputs.score_scale,
             plan=plan if plan.backend == backend else None,
@@ -82,3 +100,8 @@ PEERS = (
     Contender("torch-eager", LatentInputs, torch_eager),
     Contender("sdpa-mha", MHAInputs, sdpa_mha),
 )
+
+
+def peers_of(case: Case) -> tuple[Contender, ...]:
+    """The peers that a case can be compared with: they take one query token and full, contiguous rows only."""
+    return PEERS if case.q_len == 1 and case.page_size == 0 and case.lens is None else ()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .case import Case
 from .ceilings import Ceilings
-from .suites import Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,9 +92,25 @@ class Measured:
         return self.flop / self.us / 1e6
 
 
-def row(measured: Measured, machine: Machine, ceilings: Ceilings) -> Row:
-    """One line of a results file. `bytes` are the contender's own: a peer with another cache counts that one."""
+def row(measured: Measured, machine: Machine, ceilings: Ceilings | None) -> Row:
+    """One line of a results file. `bytes` are the contender's own: a peer with another cache counts that one.
+
+    Args:
+        measured: a result.
+        machine: where it was measured.
+        ceilings: of the same run; None for a time of the host, whose row has null for every rate and fraction.
+    """
     case = measured.case
+    rates: tuple[float | None, ...] = (None,) * 6
+    if ceilings is not None:
+        rates = (
+            round(measured.gb_s, 1),
+            round(ceilings.read_gb_s, 1),
+            round(measured.gb_s / ceilings.read_gb_s, 4),
+            round(measured.tflops, 2),
+            round(ceilings.matmul_tflops, 1),
+            round(measured.tflops / ceilings.matmul_tflops, 4),
+        )
     dtype = str(case.dtype).removeprefix("torch.")
     values = (
         machine.gpu,
@@ -116,15 +132,10 @@ def row(measured: Measured, machine: Machine, ceilings: Ceilings) -> Row:
         case.q_len,
         case.tokens,
         case.max_len,
-        0,
+        case.page_size,
         round(measured.us, 3),
         measured.n_bytes,
-        round(measured.gb_s, 1),
-        round(ceilings.read_gb_s, 1),
-        round(measured.gb_s / ceilings.read_gb_s, 4),
-        round(measured.tflops, 2),
-        round(ceilings.matmul_tflops, 1),
-        round(measured.tflops / ceilings.matmul_tflops, 4),
+        *rates,
         float(f"{measured.max_row_err:.3g}"),
     )
     return dict(zip(KEYS, values, strict=True))
@@ -175,6 +186,19 @@ def table(results: Sequence[Measured], ceilings: Ceilings, title: str) -> Table:
                 end_section=i == len(of_case) - 1,
                 style="bold" if is_flexmla(result.name) else None,
             )
+    return out
+
+
+def overhead_table(results: Sequence[Measured], title: str) -> Table:
+    """What calls cost on the host."""
+    out = Table(title=title, title_justify="left")
+    for column in ("heads/rope dv+d_pe", "batch x len", "name"):
+        out.add_column(column)
+    for column in ("us on the host", "row err"):
+        out.add_column(column, justify="right")
+    for result in results:
+        case = result.case
+        out.add_row(case.layer, case.size, result.name, f"{result.us:.1f}", f"{result.max_row_err:.1e}")
     return out
 
 

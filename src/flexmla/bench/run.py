@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,13 +18,15 @@ from torch import Tensor
 import flexmla
 from flexmla.check import bounds, row_errors
 from flexmla.info import driver_version, version
+from flexmla.plan import device_record
 
 from . import ceilings
+from .case import Case
+from .ceilings import Ceilings
 from .inputs import Inputs
-from .peers import PEERS, Contender, flexmla_contender
-from .report import Machine, Measured, append_rows, figure_class, is_flexmla, plot, row, table
-from .suites import Case
-from .timing import GraphTimer, Timer, rotated_sets
+from .peers import Contender, flexmla_contender, peers_of
+from .report import Machine, Measured, Row, append_rows, figure_class, is_flexmla, overhead_table, plot, row, table
+from .timing import GraphTimer, HostTimer, Timer, rotated_sets
 
 SEED = 0
 ROOM = 0.9  # share of the free memory that one set of inputs may take
@@ -48,6 +51,11 @@ class Rig:
 
         return cls(device, GraphTimer(device), torch.cuda.get_device_properties(device).L2_cache_size, free_bytes)
 
+    @classmethod
+    def host(cls, device: torch.device) -> Rig:
+        """Any device, timed on the host: one small set of inputs, always the same."""
+        return cls(device, HostTimer(device), 0, lambda: sys.maxsize)
+
 
 @dataclass
 class Outcome:
@@ -70,12 +78,12 @@ def measure_case(case: Case, contenders: Sequence[Contender], rig: Rig) -> Outco
     for kind in dict.fromkeys(contender.inputs for contender in contenders):
         group = [contender for contender in contenders if contender.inputs is kind]
         names = ", ".join(contender.name for contender in group)
-        n_bytes, free = kind.n_bytes(case), rig.free_bytes()
-        if n_bytes > ROOM * free:
-            outcome.skipped.append(f"{names}, {case}: needs {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        held, free = kind.held_bytes(case), rig.free_bytes()
+        if held > ROOM * free:
+            outcome.skipped.append(f"{names}, {case}: needs {held / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             continue
         try:
-            _measure_kind(case, group, rotated_sets(n_bytes, rig.l2_bytes, free), rig, outcome)
+            _measure_kind(case, group, rotated_sets(kind.n_bytes(case), held, rig.l2_bytes, free), rig, outcome)
         except torch.OutOfMemoryError:
             outcome.skipped.append(f"{names}, {case}: no room for the inputs")
     return outcome
@@ -125,7 +133,7 @@ def _measure(
 
 
 def measure_suite(
-    cases: Sequence[Case], rig: Rig, *, peers: bool, console: Console, keep: Callable[[Sequence[Measured]], None]
+    cases: Sequence[Case], rig: Rig, *, peers: bool, console: Console, keep: Callable[[Sequence[Measured]], object]
 ) -> Outcome:
     """Measures case after case behind a progress bar and hands each case's results to `keep` at once."""
     total = Outcome()
@@ -134,7 +142,8 @@ def measure_suite(
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            outcome = measure_case(case, (flexmla_contender(case, rig.device), *(PEERS if peers else ())), rig)
+            contenders = (flexmla_contender(case, rig.device), *(peers_of(case) if peers else ()))
+            outcome = measure_case(case, contenders, rig)
             keep(outcome.results)
             total.results += outcome.results
             total.misses += outcome.misses
@@ -152,68 +161,91 @@ def run(
     plot_path: Path | None,
     commit: str | None,
     console: Console,
+    overhead: Sequence[Case] = (),
 ) -> int:
     """Measures cases on a CUDA device, prints a table a suite, and returns the number of misses.
 
     Args:
         cases: what to measure, suite by suite.
-        device: a CUDA device.
+        device: a CUDA device; any device where there are no cases but those of `overhead`.
         peers: whether to time the peers too.
         json_path: file to append a row a measurement to, as each case ends.
         plot_path: file to draw to.
         commit: for the rows; default: what git says of the checkout that this package runs from.
         console: where to print.
+        overhead: what to measure the host's time of an eager call with, after the cases.
 
     Raises:
-        ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, and for rows without a commit.
+        ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, for rows without a commit, and
+            for a plot without cases.
         ImportError: without Triton; for a plot, without matplotlib.
     """
-    if device.type != "cuda":
+    if cases and device.type != "cuda":
         raise ValueError(f"bench needs a CUDA GPU, got device {str(device)!r}")
-    for case in cases:
+    for case in (*cases, *overhead):
         if case.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"bench takes float16 and bfloat16, got {str(case.dtype).removeprefix('torch.')}")
     if plot_path is not None:
+        if not cases:
+            raise ValueError("a plot needs suites or a shape, got the overhead alone")
         figure_class()  # a missing package is told before anything is measured
     commit = commit or checkout_commit(Path(flexmla.__file__).parent)
     if commit is None and json_path is not None:
         raise ValueError("commit must be given (--commit) for rows from a package that is in no git checkout, got none")
     machine = Machine(
-        gpu=torch.cuda.get_device_name(device),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else device_record(device).name,
         driver=driver_version(),
         torch=torch.__version__,
         tilelang=version("tilelang"),
         flexmla=flexmla.__version__,
         commit=commit or "",
     )
-    rig = Rig.cuda(device)
-    with console.status("measuring the ceilings"):
-        limits = ceilings.measure(rig.timer, device)
-    console.print(
-        f"{machine.gpu}: streaming read {limits.read_gb_s:.0f} GB/s, copy {limits.copy_gb_s:.0f} GB/s, "
-        f"fp16 matmul {limits.matmul_tflops:.0f} TFLOP/s",
-        highlight=False,
-    )
-    rows = []
 
-    def keep(results: Sequence[Measured]) -> None:
+    def write(results: Sequence[Measured], limits: Ceilings | None) -> list[Row]:
         new = [row(result, machine, limits) for result in results]
-        rows.extend(new)
         if json_path is not None:
             append_rows(json_path, new)
+        return new
 
     misses = 0
-    for suite, of_suite in groupby(cases, key=lambda case: case.suite):
-        outcome = measure_suite(list(of_suite), rig, peers=peers, console=console, keep=keep)
-        console.print(table(outcome.results, limits, f"{suite}, {machine.gpu}"))
-        for sentence in outcome.skipped:
-            console.print(f"skipped: {sentence}", markup=False, highlight=False, soft_wrap=True)
-        for sentence in outcome.misses:
-            console.print(f"MISS: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
-        misses += len(outcome.misses)
-    if plot_path is not None:
-        plot(rows, plot_path)
+    if cases:
+        rows: list[Row] = []
+        rig = Rig.cuda(device)
+        with console.status("measuring the ceilings"):
+            limits = ceilings.measure(rig.timer, device)
+        console.print(
+            f"{machine.gpu}: streaming read {limits.read_gb_s:.0f} GB/s, copy {limits.copy_gb_s:.0f} GB/s, "
+            f"fp16 matmul {limits.matmul_tflops:.0f} TFLOP/s",
+            highlight=False,
+        )
+        for suite, of_suite in groupby(cases, key=lambda case: case.suite):
+            outcome = measure_suite(
+                list(of_suite),
+                rig,
+                peers=peers,
+                console=console,
+                keep=lambda results: rows.extend(write(results, limits)),
+            )
+            console.print(table(outcome.results, limits, f"{suite}, {machine.gpu}"))
+            misses += _tell(outcome, console)
+        if plot_path is not None:
+            plot(rows, plot_path)
+    if overhead:
+        outcome = measure_suite(
+            overhead, Rig.host(device), peers=False, console=console, keep=lambda results: write(results, None)
+        )
+        console.print(overhead_table(outcome.results, f"overhead, {machine.gpu}"))
+        misses += _tell(outcome, console)
     return misses
+
+
+def _tell(outcome: Outcome, console: Console) -> int:
+    """Prints what was skipped and what missed; returns the number of misses."""
+    for sentence in outcome.skipped:
+        console.print(f"skipped: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    for sentence in outcome.misses:
+        console.print(f"MISS: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return len(outcome.misses)
 
 
 def checkout_commit(package: Path) -> str | None:

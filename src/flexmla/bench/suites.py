@@ -1,98 +1,38 @@
-"""What is measured: cases, how many bytes and operations they take, and the suites they come in."""
+"""What is measured: the cases of each suite."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from flexmla.models import model_shapes
 from flexmla.shape import MLAShape
 
+from .case import Case
 
-@dataclass(frozen=True)
-class Case:
-    """One decode step to measure: contiguous caches, every row `max_len` tokens long.
-
-    Attributes:
-        suite: the suite it belongs to.
-        shape: the layer.
-        batch: rows.
-        max_len: visible tokens a row.
-        dtype: of queries and caches.
-        label: the model or models it stands for, for people.
-        score_scale: whether a float32 `score_scale [batch, max_len, n_rope_heads]` is passed.
-        softcap: cap of the scores, 0 for none.
-    """
-
-    suite: str
-    shape: MLAShape
-    batch: int
-    max_len: int
-    dtype: torch.dtype = torch.float16
-    label: str = ""
-    score_scale: bool = False
-    softcap: float = 0.0
-
-    q_len = 1
-
-    def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("max_len", self.max_len)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.shape.v_width is not None:
-            raise ValueError(f"shape must have no v_width in a bench case, got {self.shape.v_width}")
-
-    @property
-    def tokens(self) -> int:
-        """Visible tokens, summed over the batch."""
-        return self.batch * self.max_len
-
-    @property
-    def n_bytes(self) -> int:
-        """The visible cache once, the query and the output."""
-        shape = self.shape
-        per_token = shape.bytes_per_token(self.dtype) + (4 * shape.n_rope_heads if self.score_scale else 0)
-        per_head = (shape.dv + shape.d_pe + shape.out_width) * self.dtype.itemsize
-        return self.tokens * per_token + self.batch * self.q_len * shape.n_heads * per_head
-
-    @property
-    def flop(self) -> int:
-        """Multiplications and additions of the two products: scores over dv + d_pe, values over the output's width."""
-        shape = self.shape
-        return 2 * shape.n_heads * self.q_len * self.tokens * (shape.dv + shape.d_pe + shape.out_width)
-
-    def __str__(self) -> str:
-        return f"{self.suite} {self.layer} {self.size}"
-
-    @property
-    def layer(self) -> str:
-        """Heads, rope heads and widths for people, `32/1 512+16`."""
-        return f"{self.shape.n_heads}/{self.shape.n_rope_heads} {self.shape.dv}+{self.shape.d_pe}"
-
-    @property
-    def size(self) -> str:
-        """Batch and length for people, `64 x 8K`."""
-        length = f"{self.max_len // 1024}K" if self.max_len % 1024 == 0 else str(self.max_len)
-        return f"{self.batch} x {length}"
+SHARED = MLAShape(32, 1, 512, 16)  # Llama-2-7B at latent 16 a head, one shared rope key
+PER_HEAD = MLAShape(32, 32, 512, 16)  # the same with a rope key a head, as MHA2MLA leaves it
 
 
-def _cases(suite: str, shapes: Iterable[MLAShape], sizes: Sequence[tuple[int, int]]) -> list[Case]:
-    return [Case(suite, shape, batch, max_len) for shape in shapes for batch, max_len in sizes]
+def _cases(suite: str, shapes: Iterable[MLAShape], sizes: Sequence[tuple[int, int]], **options: Any) -> list[Case]:
+    return [Case(suite, shape, batch, max_len, **options) for shape in shapes for batch, max_len in sizes]
 
 
 _LLAMA2_SIZES = ((8, 2048), (8, 4096), (64, 2048), (64, 8192))
 
 
 def _llama2() -> list[Case]:
-    """Llama-2-7B at latent 16 a head, one shared rope key."""
-    return _cases("llama2", [MLAShape(32, 1, 512, 16)], _LLAMA2_SIZES)
+    """One rope key that all heads share."""
+    return _cases("llama2", [SHARED], _LLAMA2_SIZES)
 
 
 def _per_head() -> list[Case]:
-    """The same with a rope key a head, as MHA2MLA leaves it."""
-    return _cases("per-head", [MLAShape(32, 32, 512, 16)], _LLAMA2_SIZES)
+    """A rope key a head."""
+    return _cases("per-head", [PER_HEAD], _LLAMA2_SIZES)
 
 
 def _deepseek() -> list[Case]:
@@ -126,12 +66,55 @@ def _models() -> list[Case]:
     ]
 
 
+def _paged() -> list[Case]:
+    """Pages of every size for one long batch, pages of 64 for the smaller ones."""
+    cases = []
+    for shape, page_sizes in ((SHARED, (1, 2, 4, 8, 16, 32, 64, 128, 256)), (PER_HEAD, (1, 16, 64))):
+        for page_size in page_sizes:
+            cases += _cases("paged", [shape], [(64, 8192)], page_size=page_size)
+        cases += _cases("paged", [shape], [(8, 2048), (8, 4096), (64, 2048)], page_size=64)
+    return cases
+
+
+def _ragged() -> list[Case]:
+    """One very long row beside short ones and the same tokens in even rows; a mix of lengths; few and many rows."""
+    uneven = [131072] + [1024] * 63
+    even = [sum(uneven) // len(uneven)] * len(uneven)
+    # Paged, as contiguous caches would have room for 128K tokens in all 64 rows.
+    pair = [Case.ragged("ragged", SHARED, lens, page_size=64) for lens in (uneven, even)]
+    mix = [Case.ragged("ragged", SHARED, mixed_lens(256, 8192))]
+    return pair + mix + _cases("ragged", [SHARED], [(1, 32768), (1, 131072), (1024, 128)])
+
+
+def mixed_lens(batch: int, longest: int) -> list[int]:
+    """Lengths as a server sees them, the same every time: all magnitudes up to `longest` equally often, and one 0."""
+    rng = random.Random(0)
+    lens = [0, 1, longest] + [int(longest ** rng.random()) for _ in range(batch - 3)]
+    rng.shuffle(lens)
+    return lens
+
+
+def _mtp() -> list[Case]:
+    """Several query tokens a row, as speculative decoding verifies them, beside one."""
+    size = [(64, 8192)]
+    return [
+        *(case for q_len in (1, 2, 4) for case in _cases("mtp", [MLAShape(16, 1, 512, 64)], size, q_len=q_len)),
+        *_cases("mtp", [MLAShape(16, 1, 512, 64)], size, q_len=4, page_size=64),
+        *(case for q_len in (1, 2) for case in _cases("mtp", [SHARED], size, q_len=q_len)),
+        *_cases("mtp", [PER_HEAD], size, q_len=2),
+        *_cases("mtp", [MLAShape(64, 1, 512, 64)], size, q_len=2),
+    ]
+
+
 SUITES: dict[str, Callable[[], list[Case]]] = {
     "llama2": _llama2,
     "per-head": _per_head,
     "deepseek": _deepseek,
     "small-latent": _small_latent,
     "models": _models,
+    "paged": _paged,
+    "ragged": _ragged,
+    "mtp": _mtp,
 }
 
 
@@ -147,3 +130,8 @@ def suite_cases(names: Iterable[str], dtype: torch.dtype = torch.float16) -> lis
             raise ValueError(f"suites must be among {', '.join(SUITES)}, got {name!r}")
         cases += [replace(case, dtype=dtype) for case in SUITES[name]()]
     return cases
+
+
+def overhead_cases(dtype: torch.dtype = torch.float16) -> list[Case]:
+    """Steps so small that the host is what takes time: contiguous, and paged."""
+    return [Case("overhead", SHARED, 8, 128, dtype, page_size=page_size) for page_size in (0, 64)]

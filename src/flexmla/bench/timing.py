@@ -1,11 +1,13 @@
-"""How a call is timed: CUDA-graph replay over rotated inputs."""
+"""How a call is timed: CUDA-graph replay over rotated inputs, or on the host, call by call."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,8 @@ import torch
 ROTATION = 3  # a set of inputs comes round again only after this many times the L2 cache has been touched
 REPLAYS = 20
 WARMUP_REPLAYS = 3
+HOST_CALLS = 1000
+BURST = 32  # calls between two synchronisations; far from where a full queue makes a launch wait
 
 Call = Callable[[], Any]
 
@@ -80,13 +84,65 @@ class GraphTimer:
         torch.cuda.empty_cache()
 
 
-def rotated_sets(set_bytes: int, l2_bytes: int, free_bytes: int) -> int:
+class HostTimer:
+    """The host's time of an eager call under `torch.inference_mode`, until it returns: its launches are in it.
+
+    A GPU is never more than a few calls behind. On a CPU the call's own work is in its time.
+    """
+
+    def __init__(self, device: torch.device, n_calls: int = HOST_CALLS) -> None:
+        self.device = device
+        self.n_calls = n_calls
+        self._calls: Sequence[Call] = ()
+
+    def prepare(self, calls: Sequence[Call]) -> list[Any]:
+        """Runs every call once, which compiles, loads and caches what it needs, and returns the results."""
+        if not calls:
+            raise ValueError("calls must hold at least one call, got none")
+        self._calls = calls
+        with _on(self.device), torch.inference_mode():
+            results = [call() for call in calls]
+            _synchronize(self.device)
+        return results
+
+    def us(self) -> float:
+        """Median over the calls, which take turns."""
+        if not self._calls:
+            raise RuntimeError("prepare must be called before us")
+        taken_ns = []
+        with _on(self.device), torch.inference_mode():
+            for i, call in zip(range(self.n_calls), cycle(self._calls), strict=False):
+                if i % BURST == 0:
+                    _synchronize(self.device)
+                start = time.perf_counter_ns()
+                call()
+                taken_ns.append(time.perf_counter_ns() - start)
+            _synchronize(self.device)
+        return statistics.median(taken_ns) / 1e3
+
+    def release(self) -> None:
+        """Drops the calls."""
+        self._calls = ()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rotated_sets(moved_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: int) -> int:
     """Number of input sets that rotate: enough to exceed 3x L2, but at most half of the free memory, at least one.
 
     Args:
-        set_bytes: bytes that one call reads and writes.
+        moved_bytes: bytes that one call reads and writes.
+        held_bytes: bytes of memory that one set takes.
         l2_bytes: size of the L2 cache.
         free_bytes: free device memory.
     """
-    wanted = math.ceil(ROTATION * l2_bytes / set_bytes)
-    return max(1, min(wanted, int(free_bytes // (2 * set_bytes))))
+    wanted = math.ceil(ROTATION * l2_bytes / moved_bytes)
+    return max(1, min(wanted, int(free_bytes // (2 * held_bytes))))

@@ -16,47 +16,54 @@ pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[til
 
 # Each family at its boundaries: one and many groups, one and several CTAs an SM, widths that are no power of two.
 CASES = [
-    (MLAShape(32, 1, 512, 16), torch.float16),
-    (MLAShape(32, 32, 512, 16), torch.bfloat16),
-    (MLAShape(8, 1, 512, 64), torch.float16),
-    (MLAShape(16, 16, 512, 64), torch.float16),
-    (MLAShape(9, 3, 192, 32), torch.bfloat16),
-    (MLAShape(15, 5, 64, 8), torch.float16),
-    (MLAShape(24, 24, 128, 16), torch.float16),
-    (MLAShape(28, 1, 448, 16), torch.float16),
-    (MLAShape(40, 1, 256, 32), torch.float16),
-    (MLAShape(12, 1, 512, 0), torch.float16),
-    (MLAShape(64, 1, 512, 64), torch.float16),
-    (MLAShape(40, 1, 512, 64), torch.bfloat16),
-    (MLAShape(64, 8, 384, 16), torch.float16),
-    (MLAShape(96, 1, 512, 0), torch.float16),
-    (MLAShape(128, 1, 512, 64), torch.bfloat16),
+    (MLAShape(32, 1, 512, 16), torch.float16, 1, "contiguous"),
+    (MLAShape(32, 32, 512, 16), torch.bfloat16, 1, "pages"),
+    (MLAShape(8, 1, 512, 64), torch.float16, 4, "contiguous"),
+    (MLAShape(16, 16, 512, 64), torch.float16, 1, "gather"),
+    (MLAShape(9, 3, 192, 32), torch.bfloat16, 3, "pages"),
+    (MLAShape(15, 5, 64, 8), torch.float16, 1, "scalar"),
+    (MLAShape(24, 24, 128, 16), torch.float16, 1, "contiguous"),
+    (MLAShape(28, 1, 448, 16), torch.float16, 1, "contiguous"),
+    (MLAShape(40, 1, 256, 32), torch.float16, 1, "contiguous"),
+    (MLAShape(12, 1, 512, 0), torch.float16, 16, "pages"),
+    (MLAShape(64, 1, 512, 64), torch.float16, 1, "contiguous"),
+    (MLAShape(40, 1, 512, 64), torch.bfloat16, 1, "pages"),
+    (MLAShape(32, 8, 512, 16), torch.float16, 2, "contiguous"),
+    (MLAShape(64, 8, 384, 16), torch.float16, 1, "gather"),
+    (MLAShape(96, 1, 512, 0), torch.float16, 1, "scalar"),
+    (MLAShape(128, 1, 512, 64), torch.bfloat16, 1, "contiguous"),
 ]
-IDS = [f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}-{str(d).removeprefix('torch.')}" for s, d in CASES]
+IDS = [
+    f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}-{str(d).removeprefix('torch.')}-q{q_len}-{loader}"
+    for s, d, q_len, loader in CASES
+]
 
 
-def planned(shape: MLAShape) -> Tiling:
-    tiling = tile(shape, 64, 8192, 132)
+def planned(shape: MLAShape, q_len: int = 1) -> Tiling:
+    tiling = tile(shape, 64, 8192, 132, q_len)
     assert tiling is not None
     return tiling
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=IDS)
+@pytest.mark.parametrize(("shape", "dtype", "q_len", "loader"), CASES, ids=IDS)
 def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
-    shape: MLAShape, dtype: torch.dtype, tmp_path: Path
+    shape: MLAShape, dtype: torch.dtype, q_len: int, loader: str, tmp_path: Path
 ) -> None:
     from flexmla.backends.tilelang.compile import lower_source, missing_compilers
 
-    tiling = planned(shape)
-    source, attributes = lower_source(shape, tiling, dtype)
+    tiling = planned(shape, q_len)
+    source, attributes = lower_source(shape, tiling, dtype, q_len, loader)
     assert "mma_sync" not in source
     wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
     consumers = 2 if tiling.family == "many_heads" else 1
     assert wgmmas == consumers * (3 if shape.d_pe else 2)  # rope scores, latent scores, output
-    assert source.count("tl::tma_load(") == (3 if shape.d_pe else 2)  # rope tile, latent tile, query
+    by_tma = loader in ("contiguous", "pages")
+    caches = 2 if shape.d_pe else 1
+    assert source.count("tl::tma_load(") == 1 + (caches if by_tma else 0)  # query, latent tile, rope tile
+    assert source.count("tl::cp_async_gs") == (caches if loader == "gather" else 0)
     main = attributes["decode_kernel"]
     assert int(main["thread_extent"]["threadIdx.x"]) == threads_per_cta(tiling.family)
-    estimate = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages)
+    estimate = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len)
     assert int(main["dyn_shared_memory_buf"]) <= estimate <= SMEM_PER_CTA
 
     missing = missing_compilers()

@@ -48,7 +48,8 @@ template <class V> static V __shfl_sync(uint, V value, int lane, int) { return s
 #include KERNEL
 
 extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, const float *part, const float *part_lse,
-                    const int *seq_lens, int log_parts, int log_ways, int max_len, int workers) {
+                    const int *seq_lens, const int *starts, int capacity, int has_starts, int log_parts, int log_ways,
+                    int workers) {
   for (int row = 0; row < rows; ++row)
     for (int block = 0; block < blocks; ++block)
       for (int w = 0; w < warps; ++w) {
@@ -59,7 +60,7 @@ extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, con
             threadIdx = {w * 32 + lane, 0, 0};
             blockIdx = {block, row, 0};
             warp = &shared;
-            decode_kernel(lse, out, part, part_lse, seq_lens, rows, log_parts, log_ways, max_len, workers);
+            decode_kernel(lse, out, part, part_lse, seq_lens, starts, rows, capacity, has_starts, log_parts, log_ways, workers);
           });
         for (auto &lane : lanes)
           lane.join();

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from ...shape import MLAShape
 from ...tiling import Tiling
 from .compile import kernel
+
+LOG_UNPAGED = 30  # of a page that holds any contiguous row
 
 
 def decode(
@@ -37,46 +41,104 @@ def decode(
                 q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale,
                 softmax_scale, softcap, causal, tiling, out, lse,
             )  # fmt: skip
-    batch, _, n_heads, dv = q_nope.shape
-    max_len = ckv_cache.shape[1]
-    if max_len == 0:
+    batch, q_len, n_heads, dv = q_nope.shape
+    page_size = ckv_cache.shape[1]
+    capacity = page_size if block_table is None else block_table.shape[1] * page_size
+    if capacity == 0 or ckv_cache.shape[0] == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    if kpe_cache is None or q_pe is None:
-        shape, q_pe, kpe = MLAShape(n_heads, 1, dv, 0), q_nope, ckv_cache
-    else:
-        shape = MLAShape(n_heads, kpe_cache.shape[2], dv, kpe_cache.shape[3])
-        kpe = kpe_cache.flatten(2)
-    chosen = Tiling.from_ints(tuple(tiling))
-    run = kernel(shape, chosen, q_nope.dtype)
-    workers = chosen.workers
-    part = q_nope.new_empty((2 * workers, n_heads, dv))
-    part_lse = q_nope.new_empty((2 * workers, n_heads), dtype=torch.float32)
-    if seq_lens is None:
-        seq_lens = torch.full((batch,), max_len, dtype=torch.int32, device=q_nope.device)
-    # the kernel writes dense results; a caller's strided ones are filled from those
-    dense_out = out.squeeze(1) if _dense(out) else out.new_empty((batch, n_heads, dv))
-    dense_lse = lse.squeeze(2) if _dense(lse) else lse.new_empty((batch, n_heads))
-    run(
-        _aligned(q_nope.squeeze(1)),
-        _aligned(q_pe.squeeze(1)),
-        ckv_cache,
-        kpe,
-        _aligned(seq_lens),
-        dense_out,
-        dense_lse,
-        part,
-        part_lse,
-        softmax_scale,
-        workers,
-        chosen.log_merge_ways,
-        chosen.log_merge_parts,
+    n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
+    loader = _loader(ckv_cache, kpe_cache, block_table is not None)
+    run, workers, log_ways, log_parts = _launch(
+        n_heads, n_rope_heads, dv, d_pe, tuple(tiling), q_nope.dtype, q_len, loader
     )
-    if dense_out.data_ptr() != out.data_ptr():
-        out.copy_(dense_out.unsqueeze(1))
-    if dense_lse.data_ptr() != lse.data_ptr():
-        lse.copy_(dense_lse.unsqueeze(2))
+    if seq_lens is None:
+        seq_lens = torch.full((batch,), capacity, dtype=torch.int32, device=q_nope.device)
+    seq_lens = _aligned(seq_lens)
+    log_page = page_size.bit_length() - 1
+    if block_table is None:
+        log_page = LOG_UNPAGED
+        if loader == "contiguous":
+            block_table = seq_lens.unsqueeze(1)  # a stand-in that nothing reads
+        else:
+            block_table = torch.arange(batch, dtype=torch.int32, device=q_nope.device).unsqueeze(1)
+    if softmax_scale <= 0:  # the kernels take the maximum before they scale
+        factor = -1 if softmax_scale < 0 else 0
+        q_nope, q_pe = q_nope * factor, None if q_pe is None else q_pe * factor
+        softmax_scale = -softmax_scale or 1.0
+    q = _fold(q_nope)
+    # the kernel writes dense results; a caller's strided ones are filled from those
+    dense_out = out if _dense(out) else out.new_empty(out.shape)
+    dense_lse = lse if _dense(lse) else lse.new_empty(lse.shape)
+    run(
+        q,
+        q if q_pe is None else _fold(q_pe),
+        ckv_cache,
+        ckv_cache if kpe_cache is None else kpe_cache if loader in ("gather", "scalar") else kpe_cache.flatten(2),
+        seq_lens,
+        seq_lens if starts is None else _aligned(starts),
+        block_table if block_table.stride(1) == 1 else block_table.contiguous(),
+        dense_out,
+        dense_lse.view(batch, n_heads * q_len),
+        q_nope.new_empty((2 * workers, n_heads * q_len, dv)),
+        q_nope.new_empty((2 * workers, n_heads * q_len), dtype=torch.float32),
+        softmax_scale,
+        int(starts is not None),
+        int(causal),
+        capacity,
+        log_page,
+        workers,
+        log_ways,
+        log_parts,
+    )
+    if dense_out is not out:
+        out.copy_(dense_out)
+    if dense_lse is not lse:
+        lse.copy_(dense_lse)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    n_heads: int,
+    n_rope_heads: int,
+    dv: int,
+    d_pe: int,
+    tiling: tuple[int, ...],
+    dtype: torch.dtype,
+    q_len: int,
+    loader: str,
+) -> tuple[Any, int, int, int]:
+    """The compiled kernel, and what of the tiling its launch takes."""
+    chosen = Tiling.from_ints(tiling)
+    run = kernel(MLAShape(n_heads, n_rope_heads, dv, d_pe), chosen, dtype, q_len, loader)
+    return run, chosen.workers, chosen.log_merge_ways, chosen.log_merge_parts
+
+
+def _loader(ckv: Tensor, kpe: Tensor | None, paged: bool) -> str:
+    """How tiles can be loaded: one of `decode.LOADERS`."""
+    page_step, token_step, _ = ckv.stride()
+    steps, places, by_tma = page_step | token_step, ckv.data_ptr(), page_step > 0 < token_step
+    if kpe is not None:
+        page_step, token_step, key_step, _ = kpe.stride()
+        n_rope_heads, d_pe = kpe.shape[2:]
+        steps, places = steps | page_step | token_step, places | kpe.data_ptr()
+        if n_rope_heads > 1:
+            steps |= key_step
+            by_tma = by_tma and key_step == d_pe
+        by_tma = by_tma and page_step > 0 < token_step
+    if (places | steps * ckv.element_size()) & 15:
+        return "scalar"
+    if not by_tma or (paged and ckv.shape[1] < 64):
+        return "gather"
+    return "pages" if paged else "contiguous"
+
+
+def _fold(q: Tensor) -> Tensor:
+    """Queries `[batch, q_len, n_heads, width]` as `[batch, n_heads * q_len, width]`, aligned."""
+    if q.shape[1] == 1:
+        return _aligned(q.squeeze(1))
+    return _aligned(q.transpose(1, 2).flatten(1, 2))
 
 
 def _dense(result: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 import tilelang.language as T
 
-from .schedule import count_before, row_tiles
+from .schedule import Rows, count_before, row_span
 
 LN2 = 0.6931471805599453
+LEAST = -1e38  # below every score: what a maximum starts from, so that a query that sees nothing needs no case
 WARPS = 4
 VECTOR = 8  # elements a lane loads at once: 16 bytes
 LOG_LOADS = 2
@@ -13,16 +14,20 @@ LOADS = 1 << LOG_LOADS  # states a lane has in flight
 
 @T.macro
 def combine(
-    n_heads, dv, dtype, block_n, batch, max_len, workers, log_ways, log_parts, seq_lens, out, lse, part, part_lse
-):
+    n_heads, q_len, dv, dtype, seq_lens, starts, has_starts, batch, capacity, block_n, workers, log_ways, log_parts,
+    out, lse, part, part_lse,
+):  # fmt: skip
     """The second launch, warps that share nothing; it may start early and waits where it needs the first one's results.
 
-    Each head of a row is cut into `2**log_parts` runs of columns, a warp each, whose lanes hold `2**log_ways` states
+    Each query (a head of a query token) of a row is cut into `2**log_parts` runs of columns, a warp each, whose lanes hold `2**log_ways` states
     side by side: few states of many rows want few warps, many states of few rows want many loads in flight. Whatever an
     address is made of is a variable of 32 bits: written as an expression, it would be computed again, in 64 bits, for
     every load.
     """
-    with T.Kernel(T.ceildiv(n_heads * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (block, row):
+    with T.Kernel(T.ceildiv(n_heads * q_len * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (
+        block,
+        row,
+    ):
         T.annotate_min_blocks_per_sm(6)
         acc = T.alloc_local((VECTOR,), T.float32)
         value = T.alloc_local((LOADS, VECTOR), dtype)
@@ -31,7 +36,7 @@ def combine(
         tiles = T.alloc_var(T.int32)
         tx = T.get_thread_binding()
         lane = tx % 32
-        head = T.alloc_var(T.int32)
+        query = T.alloc_var(T.int32)
         run = T.alloc_var(T.int32)
         span = T.alloc_var(T.int32)
         way = T.alloc_var(T.int32)
@@ -43,43 +48,46 @@ def combine(
         state = T.alloc_var(T.int32)
         some = T.alloc_var(T.int32)
         run_vectors = T.alloc_var(T.int32)
-        head = T.shift_right(block * WARPS + tx // 32, log_parts)
-        run = block * WARPS + tx // 32 - T.shift_left(head, log_parts)
+        query = T.shift_right(block * WARPS + tx // 32, log_parts)
+        run = block * WARPS + tx // 32 - T.shift_left(query, log_parts)
         ways = T.shift_left(1, log_ways)
         span = T.shift_right(32, log_ways)  # lanes of one state
         way = T.shift_right(lane, 5 - log_ways)
         run_vectors = T.shift_right(dv // VECTOR + T.shift_left(1, log_parts) - 1, log_parts)
         vector = run * run_vectors
         end = T.min(vector + run_vectors, dv // VECTOR)
-        count_before(seq_lens, batch, max_len, block_n, lane, row, before, total)
-        row_tiles(seq_lens, row, max_len, block_n, tiles)
+        begin = T.alloc_var(T.int32)
+        length = T.alloc_var(T.int32)
+        rows = Rows(seq_lens, starts, has_starts, batch, capacity, block_n)
+        count_before(rows, lane, row, before, total)
+        row_span(rows, row, begin, length, tiles)
         total = T.max(T.ceildiv(total, workers), 1)  # tiles a worker
         first = before // total
         states = T.if_then_else(tiles > 0, (before + tiles - 1) // total - first + 1, 0)
         T.pdl_sync()
-        if head < n_heads:
+        if query < n_heads * q_len:
             if states == 0:
                 vector += lane
                 while vector < end:
                     for v in T.vectorized(VECTOR):
-                        out[row, head, vector * VECTOR + v] = 0
+                        out[row, query % q_len, query // q_len, vector * VECTOR + v] = 0
                     vector += 32
                 if run == 0 and lane == 0:
-                    lse[row, head] = -T.infinity(T.float32)
+                    lse[row, query] = -T.infinity(T.float32)
             elif states > 1:
                 top = T.alloc_var(T.float32)
                 denom = T.alloc_var(T.float32)
                 weight = T.alloc_var(T.float32)
-                top = -T.infinity(T.float32)
+                top = LEAST
                 for z in T.serial(T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
-                        top = T.max(top, part_lse[slot(first, z * 32 + lane), head])
+                        top = T.max(top, part_lse[slot(first, z * 32 + lane), query])
                 for d in T.unroll(5):
                     top = T.max(top, T.shfl_xor(top, 16 >> d))
                 denom = 0.0
                 for z in T.serial(T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
-                        denom += T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
+                        denom += T.exp2(part_lse[slot(first, z * 32 + lane), query] - top)
                 for d in T.unroll(5):
                     denom += T.shfl_xor(denom, 16 >> d)
                 vector += lane - T.shift_left(way, 5 - log_ways)
@@ -89,7 +97,7 @@ def combine(
                     for z in T.serial(T.ceildiv(states, 32)):
                         weight = 0.0
                         if z * 32 + lane < states:
-                            weight = T.exp2(part_lse[slot(first, z * 32 + lane), head] - top)
+                            weight = T.exp2(part_lse[slot(first, z * 32 + lane), query] - top)
                         some = T.min(states - z * 32, 32)
                         state = way
                         for _ in T.serial(T.shift_right(some + LOADS * ways - 1, log_ways + LOG_LOADS)):
@@ -97,7 +105,7 @@ def combine(
                                 if state + u * ways < some and vector < end:
                                     for v in T.vectorized(VECTOR):
                                         value[u, v] = part[
-                                            slot(first, z * 32 + state + u * ways), head, vector * VECTOR + v
+                                            slot(first, z * 32 + state + u * ways), query, vector * VECTOR + v
                                         ]
                                 else:
                                     for v in T.vectorized(VECTOR):
@@ -112,10 +120,12 @@ def combine(
                             acc[v] += T.if_then_else((16 >> d) >= span, 1.0, 0.0) * T.shfl_xor(acc[v], 16 >> d)
                     if way == 0 and vector < end:
                         for v in T.vectorized(VECTOR):
-                            out[row, head, vector * VECTOR + v] = acc[v] / denom
+                            out[row, query % q_len, query // q_len, vector * VECTOR + v] = T.if_then_else(
+                                denom > 0, acc[v] / denom, 0
+                            )
                     vector += span
                 if run == 0 and lane == 0:
-                    lse[row, head] = (T.log2(denom) + top) * LN2
+                    lse[row, query] = (T.log2(denom) + top) * LN2
 
 
 def slot(first, state):

@@ -13,8 +13,7 @@ from tilelang import tvm
 
 from ...shape import MLAShape
 from ...tiling import Tiling
-from .few_heads import few_heads
-from .many_heads import many_heads
+from .decode import decode_program
 
 # the same for ahead-of-time and run-time compilation, so that their cache entries agree
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
@@ -25,28 +24,36 @@ PASS_CONFIGS = {
     # every access is guarded where it can leave its tensor
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
-FACTORIES = {"few_heads": few_heads, "many_heads": many_heads}
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 _lock = threading.Lock()
 _kernels: dict[Any, Any] = {}
 
 
-def program(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
-    """The TileLang program of a shape and tile."""
-    factory = FACTORIES[tiling.family]
+def program(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous") -> Any:
+    """The TileLang program of a shape and tile; `loader` is one of `decode.LOADERS`."""
     with tvm.target.Target(TARGET):
-        return factory(shape, tiling.block_h, tiling.block_n, tiling.stages, tiling.ctas_per_sm, DTYPES[dtype])
+        return decode_program(shape, tiling, q_len, loader, DTYPES[dtype])
 
 
-def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
+def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous") -> Any:
     """The compiled kernel, from this process, the disk cache or the compiler, in this order.
 
     Raises:
         RuntimeError: the kernel is not compiled and the stream is being captured, or a compiler is missing.
     """
     # the grid is an argument of the launch: one kernel serves every number of workers
-    key = (shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, tiling.ctas_per_sm, dtype)
+    key = (
+        shape,
+        tiling.family,
+        tiling.block_h,
+        tiling.block_n,
+        tiling.stages,
+        tiling.ctas_per_sm,
+        dtype,
+        q_len,
+        loader,
+    )
     found = _kernels.get(key)
     if found is not None:
         return found
@@ -57,16 +64,18 @@ def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> Any:
         )
     with _lock:
         if key not in _kernels:
-            _kernels[key] = _compile(program(shape, tiling, dtype))
+            _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader))
         return _kernels[key]
 
 
-def prebuild(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> str | None:
+def prebuild(
+    shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous"
+) -> str | None:
     """Compiles a kernel into the disk cache; None, or what went wrong. For worker processes: it can be pickled."""
     try:
-        kernel(shape, tiling, dtype)
+        kernel(shape, tiling, dtype, q_len, loader)
     except Exception as error:
-        return f"{shape} {dtype} {tiling}: {error}"
+        return f"{shape} {dtype} q_len {q_len} {loader} {tiling}: {error}"
     return None
 
 
@@ -80,10 +89,12 @@ def _compile(func: Any) -> Any:
         raise
 
 
-def lower_source(shape: MLAShape, tiling: Tiling, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+def lower_source(
+    shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous"
+) -> tuple[str, dict[str, Any]]:
     """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
     with tvm.target.Target(TARGET), tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()}):
-        artifact = tilelang.engine.lower(program(shape, tiling, dtype), target=tvm.target.Target(TARGET))
+        artifact = tilelang.engine.lower(program(shape, tiling, dtype, q_len, loader), target=tvm.target.Target(TARGET))
     return artifact.kernel_source, {name.name_hint: func.attrs for name, func in artifact.device_mod.functions.items()}
 
 

@@ -6,35 +6,64 @@ A row that lies inside one worker's run is written straight to the output. Any o
 worker, in slot `2 * w + 1` of the worker that begins the row and slot `2 * w` of those that go on with it.
 """
 
+from typing import Any, NamedTuple
+
 import tilelang.language as T
 
 ROWS = 4  # a lane looks at, so that a warp sees 128 rows after one memory latency
 
 
-@T.macro
-def row_tiles(seq_lens, row, max_len, block_n, tiles: T.Ref):
-    """`tiles` = tiles of one row."""
-    tiles = T.ceildiv(T.min(T.max(seq_lens[row], 0), max_len), block_n)
+class Rows(NamedTuple):
+    """What says which tokens of a batch are visible.
+
+    Attributes:
+        seq_lens, starts: int32 `[batch]`; starts is a stand-in where has_starts is 0.
+        has_starts: int32.
+        batch: rows.
+        capacity: tokens a row's cache holds.
+        block_n: tokens a tile.
+    """
+
+    seq_lens: Any
+    starts: Any
+    has_starts: Any
+    batch: Any
+    capacity: Any
+    block_n: int
 
 
 @T.macro
-def lane_tiles(seq_lens, batch, max_len, block_n, first, tiles):
+def row_span(rows, row, begin: T.Ref, length: T.Ref, tiles: T.Ref):
+    """The visible slots `[begin, length)` of one row, and its tiles: from the one that holds `begin` on."""
+    length = T.min(T.max(rows.seq_lens[row], 0), rows.capacity)
+    begin = 0
+    if rows.has_starts != 0:
+        begin = T.min(T.max(rows.starts[row], 0), length)
+    tiles = T.if_then_else(begin < length, T.ceildiv(length, rows.block_n) - begin // rows.block_n, 0)
+
+
+@T.macro
+def lane_tiles(rows, first, tiles):
     """`tiles[c]` = tiles of row `first + c`, 0 past the batch."""
+    begin = T.alloc_var(T.int32)
+    length = T.alloc_var(T.int32)
+    found = T.alloc_var(T.int32)
     for c in T.unroll(ROWS):
-        tiles[c] = 0
-        if first + c < batch:
-            tiles[c] = T.ceildiv(T.min(T.max(seq_lens[first + c], 0), max_len), block_n)
+        found = 0
+        if first + c < rows.batch:
+            row_span(rows, first + c, begin, length, found)
+        tiles[c] = found
 
 
 @T.macro
-def count_before(seq_lens, batch, max_len, block_n, lane, row, before: T.Ref, total: T.Ref):
+def count_before(rows, lane, row, before: T.Ref, total: T.Ref):
     """`before` = tiles of the rows ahead of `row`, `total` = tiles of the batch; a whole warp calls it."""
     tiles = T.alloc_local((ROWS,), T.int32)
     before = 0
     total = 0
-    for i in T.serial(T.ceildiv(batch, 32 * ROWS)):
+    for i in T.serial(T.ceildiv(rows.batch, 32 * ROWS)):
         first = (i * 32 + lane) * ROWS
-        lane_tiles(seq_lens, batch, max_len, block_n, first, tiles)
+        lane_tiles(rows, first, tiles)
         for c in T.unroll(ROWS):
             total += tiles[c]
             before += T.if_then_else(first + c < row, tiles[c], 0)
@@ -44,7 +73,7 @@ def count_before(seq_lens, batch, max_len, block_n, lane, row, before: T.Ref, to
 
 
 @T.macro
-def locate(seq_lens, batch, max_len, block_n, lane, target, row: T.Ref, tile: T.Ref):
+def locate(rows, lane, target, row: T.Ref, tile: T.Ref):
     """`row` and `tile` inside it of the batch's tile number `target`, which exists; a whole warp calls it."""
     tiles = T.alloc_local((ROWS,), T.int32)
     base = T.alloc_var(T.int32)
@@ -53,13 +82,13 @@ def locate(seq_lens, batch, max_len, block_n, lane, target, row: T.Ref, tile: T.
     found = 0
     row = 0
     tile = 0
-    for i in T.serial(T.ceildiv(batch, 32 * ROWS)):
+    for i in T.serial(T.ceildiv(rows.batch, 32 * ROWS)):
         if found == 0:
             mine = T.alloc_var(T.int32)
             upto = T.alloc_var(T.int32)
             other = T.alloc_var(T.int32)
             owner = T.alloc_var(T.int32)
-            lane_tiles(seq_lens, batch, max_len, block_n, (i * 32 + lane) * ROWS, tiles)
+            lane_tiles(rows, (i * 32 + lane) * ROWS, tiles)
             mine = 0
             for c in T.unroll(ROWS):
                 mine += tiles[c]
@@ -88,15 +117,15 @@ def locate(seq_lens, batch, max_len, block_n, lane, target, row: T.Ref, tile: T.
 
 
 @T.macro
-def share(seq_lens, batch, max_len, block_n, lane, worker, workers, row: T.Ref, tile: T.Ref, left: T.Ref):
+def share(rows, lane, worker, workers, row: T.Ref, tile: T.Ref, left: T.Ref):
     """A worker's run of tiles: `left` of them from `tile` of `row` on."""
     before = T.alloc_var(T.int32)
     total = T.alloc_var(T.int32)
     chunk = T.alloc_var(T.int32)
-    count_before(seq_lens, batch, max_len, block_n, lane, 0, before, total)
+    count_before(rows, lane, 0, before, total)
     chunk = T.ceildiv(total, workers)
     left = T.min(chunk, total - worker * chunk)
     row = 0
     tile = 0
     if left > 0:
-        locate(seq_lens, batch, max_len, block_n, lane, worker * chunk, row, tile)
+        locate(rows, lane, worker * chunk, row, tile)
