@@ -19,7 +19,7 @@ PIP_CUDA = $(VENV)/lib/python3*/site-packages/nvidia/cu13
 WITH_NVCC = if [ -z "$${CUDA_HOME:-}" ] && [ -x $(PIP_CUDA)/bin/nvcc ]; then CUDA_HOME=$$(cd $(PIP_CUDA) && pwd); export CUDA_HOME; fi;
 endif
 
-.PHONY: help demo test test-slow test-gpu bench lint format docs clean
+.PHONY: help demo test test-slow test-gpu sanitize bench lint format docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,11 @@ test-slow: $(DEPS) ## The slow tests that need no GPU
 
 test-gpu: $(DEPS) ## Tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+sanitize: $(DEPS) ## compute-sanitizer over every kernel and branch (needs a GPU and the CUDA toolkit)
+	$(PY) tests/sanitize.py # compiles what is missing
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitize.py
 
 bench: $(DEPS) ## Measure every suite (needs a GPU; ARGS="--commit abc" passes options)
 	$(PY) -m flexmla bench llama2 per-head deepseek small-latent models paged ragged mtp --overhead \

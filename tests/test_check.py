@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from flexmla import cases, check
+from flexmla import DeviceRecord, cases, check
 from flexmla.cases import GARBAGE_PAGES, CaseSpace, random_case
 from flexmla.check import Errors, bounds, row_errors
+from flexmla.plan import tilelang_lacks
+from flexmla.tiling import FAMILIES, tile
 
 INF = float("inf")
 CPU = torch.device("cpu")
@@ -86,23 +87,14 @@ def test_padding_between_strides_is_poisoned():
 
 
 def test_a_space_restricts_what_is_drawn():
-    space = replace(check.TILELANG, n_heads=(8, 32), strides=False)
+    space = CaseSpace(n_heads=(8, 32), d_pe=(8,), page_sizes=(None,), scoring=False, strides=False, max_tokens=50)
     for seed in range(60):
         case = random_case(seed, space)
-        assert case.q_nope.shape[1] == 1
         assert case.q_nope.shape[2] in (8, 32)
-        assert case.q_nope.dtype != torch.float32
-        assert set(case.options) <= {"seq_lens", "softmax_scale"}
-        assert case.kpe_cache is not None
-        assert case.kpe_cache.shape[2] * case.kpe_cache.shape[3] <= space.max_rope_row
+        assert set(case.options) <= {"seq_lens", "softmax_scale", "starts", "causal"}
+        assert case.kpe_cache.shape[3] == 8
         assert case.ckv_cache.is_contiguous()
-
-
-def test_neighbouring_seeds_share_a_shape_where_asked():
-    space = CaseSpace(seeds_per_shape=10)
-    shapes = [(c.q_nope.dtype, *c.q_nope.shape[2:]) for c in (random_case(seed, space) for seed in range(30))]
-    assert [len(set(shapes[i : i + 10])) for i in (0, 10, 20)] == [1, 1, 1]
-    assert len(set(shapes)) > 1
+        assert case.ckv_cache.shape[0] * case.ckv_cache.shape[1] <= max(50, case.ckv_cache.shape[0])
 
 
 def test_bounds_are_those_promised():
@@ -206,30 +198,64 @@ def test_run_refuses_what_it_cannot_check():
         run(backend="tilelang")
 
 
+def test_run_counts_seeds_from_the_first_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(check, "random_case", lambda seed, *_: seen.append(seed) or random_case(seed))
+    assert run(cases=3, first_seed=40)[0] == 0
+    assert seen == [40, 41, 42]
+
+
 def test_scores_spread_up_to_where_one_token_wins():
     """The drawn scales reach from flat to one-hot attention."""
     tops = []
     for seed in range(40):
-        case = random_case(seed, CaseSpace(q_len=(1,), options=False, page_sizes=(None,)))
+        case = random_case(seed, CaseSpace(q_len=(1,), scoring=False, page_sizes=(None,)))
         _, lse = case.expected()
         tops += lse[lse.isfinite()].tolist()
     assert max(tops) > 20
     assert sum(abs(x) < math.log(96) + 1 for x in tops) > len(tops) / 4
 
 
-def test_every_tilelang_case_is_one_the_backend_takes():
-    from flexmla import DeviceRecord, MLAShape
-    from flexmla.ops import _misaligned
-    from flexmla.plan import tilelang_lacks
+def test_tilelang_specialisations_cover_what_the_backend_takes():
+    record = DeviceRecord((9, 0), 132)
+    specialisations = check.TILELANG.specialisations
+    assert len(set(specialisations)) == len(specialisations) == 64
+    for shape, dtype, q_len, _ in specialisations:
+        assert tilelang_lacks(shape, dtype, record, q_len=q_len) is None, shape
+    shapes = [s.shape for s in specialisations]
+    assert {s.n_heads for s in shapes} == {8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128}
+    assert {s.dv for s in shapes} == set(range(64, 513, 64))
+    assert {s.d_pe for s in shapes} >= {0, 8, 16, 32, 64}
+    assert {s.dtype for s in specialisations} == {torch.float16, torch.bfloat16}
+    assert {s.q_len for s in specialisations} >= {1, 2, 3, 4, 8, 16}
+    assert {s.loader for s in specialisations} == set(cases.LOADERS)
+    kinds = {(s.n_rope_heads == 1, s.n_rope_heads == s.n_heads) for s in shapes if s.d_pe}
+    assert kinds == {(True, False), (False, True), (False, False)}
+    families = {(tile(s.shape, 4, 700, 132, s.q_len).family, s.loader) for s in specialisations}
+    assert families == {(family, loader) for family in FAMILIES for loader in cases.LOADERS}
 
-    strided = 0
-    for seed in range(100):
+
+def test_every_tilelang_case_has_the_memory_that_its_specialisation_is_for():
+    strided, tops = 0, []
+    for seed in range(120):
         case = random_case(seed, check.TILELANG)
-        kpe = case.kpe_cache
-        shape = MLAShape(case.q_nope.shape[2], kpe.shape[2], case.q_nope.shape[3], kpe.shape[3])
-        unaligned = (
-            _misaligned(case.ckv_cache) or _misaligned(kpe) or (kpe.shape[2] > 1 and kpe.stride(2) != kpe.shape[3])
-        )
-        assert tilelang_lacks(shape, case.q_nope.dtype, DeviceRecord((9, 0), 132), unaligned=unaligned) is None
+        steps, places = [], []
+        for tensor in (case.ckv_cache, case.kpe_cache):
+            if tensor is not None:
+                steps += [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
+                places.append(tensor.data_ptr() - tensor.untyped_storage().data_ptr())
+        page = case.ckv_cache.shape[1] if case.paged else None
+        found = [
+            loader
+            for loader, (pages, shift) in cases.LOADERS.items()
+            if page in pages and bool(shift) == any((p % 16) for p in places)
+        ]
+        assert len(found) == 1
+        if found != ["scalar"]:
+            assert all(step * 2 % 16 == 0 for step in steps)
         strided += not case.ckv_cache.is_contiguous()
+        if seed < 20:
+            _, lse = case.expected()
+            tops += lse[lse.isfinite()].abs().tolist()
     assert strided > 20
+    assert max(tops) > 3000

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexmla import MLAShape, cli
+from flexmla.bench.suites import SUITES
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +162,7 @@ def test_bench_measures_llama2_by_default(calls):
         (("bench", "--device", "cpu"), "error: bench needs a CUDA GPU, got device 'cpu'\n"),
         (
             ("bench", "llama3"),
-            "error: suites must be among llama2, per-head, deepseek, small-latent, models, paged, ragged, mtp, got 'llama3'\n",
+            f"error: suites must be among {', '.join(SUITES)}, got 'llama3'\n",
         ),
         (
             ("bench", "--page-size", "16"),

@@ -6,15 +6,34 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .api import mla_decode
+from .shape import MLAShape
 
 GARBAGE_PAGES = (-1, 2147480000)  # what engines leave in the unused entries of a block table
+
+
+class Specialisation(NamedTuple):
+    """What a backend compiles in: `loader` is how the caches lie in memory, one of `LOADERS`."""
+
+    shape: MLAShape
+    dtype: torch.dtype
+    q_len: int
+    loader: str
+
+
+# Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin.
+LOADERS: dict[str, tuple[tuple[int | None, ...], int]] = {
+    "contiguous": ((None,), 0),
+    "pages": ((64, 128, 256), 0),
+    "gather": ((1, 2, 4, 8, 16, 32), 0),
+    "scalar": ((None, 1, 2, 4, 8, 16, 32, 64, 128, 256), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -23,11 +42,11 @@ class CaseSpace:
 
     Attributes:
         page_sizes: tokens a page; None is a contiguous cache.
-        max_rope_row: the most rotary-key elements a token, `n_rope_heads * d_pe`.
-        seeds_per_shape: neighbouring seeds that share heads, widths and dtype, for a backend that compiles these in.
-        options: whether starts, softcap, v_cache, score_scale and causal=False occur.
+        max_tokens: the most slots of a contiguous cache, or tokens of all rows of a paged one.
+        spreads: standard deviations of the scores, roughly.
+        specialisations: where not empty, one of these gives shape, dtype, q_len and layout of a case.
+        scoring: whether softcap, v_cache and score_scale occur.
         strides: whether views with padded, permuted and merged strides occur.
-        alignment: elements that every padding and offset of the caches and queries is a multiple of.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,11 +57,11 @@ class CaseSpace:
     page_sizes: tuple[int | None, ...] = (None,) * 9 + (1, 2, 4, 8, 16, 32, 64, 128, 256)
     max_batch: int = 4
     max_len: int = 96
-    max_rope_row: int = 1024
-    seeds_per_shape: int = 1
-    options: bool = True
+    max_tokens: int = 1 << 30
+    spreads: tuple[float, ...] = (0.1, 1.0, 1.0, 4.0, 20.0)
+    specialisations: tuple[Specialisation, ...] = ()
+    scoring: bool = True
     strides: bool = True
-    alignment: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +87,9 @@ class Case:
         return mla_decode(self.q_nope, self.q_pe, self.ckv_cache, self.kpe_cache, **options)
 
     def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """`flexmla.reference.mla_decode` of this case, on the CPU."""
-        q_nope, q_pe, ckv, kpe = (_on_cpu(x) for x in (self.q_nope, self.q_pe, self.ckv_cache, self.kpe_cache))
-        options = {name: _on_cpu(value) for name, value in self.options.items()}
-        return reference.mla_decode(q_nope, q_pe, ckv, kpe, **options, dtype=dtype)
+        """`flexmla.reference.mla_decode` of this case."""
+        caches = (self.ckv_cache, self.kpe_cache)
+        return reference.mla_decode(self.q_nope, self.q_pe, *caches, **self.options, dtype=dtype)
 
     @property
     def paged(self) -> bool:
@@ -106,35 +124,47 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
     space = space or CaseSpace()
     rng = random.Random(seed)
     noise = torch.Generator().manual_seed(seed)
-    fixed = random.Random(f"shape {seed // space.seeds_per_shape}")
-    dtype = fixed.choice(space.dtypes)
-    n_heads, dv, d_pe = (fixed.choice(x) for x in (space.n_heads, space.dv, space.d_pe))
-    groups = fixed.choice([g for g in range(1, n_heads + 1) if n_heads % g == 0 and g * d_pe <= space.max_rope_row])
-    batch, q_len, page_size = rng.randint(1, space.max_batch), rng.choice(space.q_len), rng.choice(space.page_sizes)
+    page_sizes, alignment, shift = space.page_sizes, 1, 0
+    if space.specialisations:
+        shape, dtype, q_len, loader = rng.choice(space.specialisations)
+        n_heads, groups, dv, d_pe = shape.n_heads, shape.n_rope_heads, shape.dv, shape.d_pe
+        page_sizes, shift = LOADERS[loader]
+        alignment = 1 if shift else 8
+    else:
+        dtype, n_heads, dv = rng.choice(space.dtypes), rng.choice(space.n_heads), rng.choice(space.dv)
+        d_pe, q_len = rng.choice(space.d_pe), rng.choice(space.q_len)
+        groups = rng.choice([g for g in range(1, n_heads + 1) if n_heads % g == 0])
+    page_size = rng.choice(page_sizes)
+    # now and then many rows, longer than a warp is wide
+    batch = rng.randint(1, space.max_batch) if rng.random() < 0.9 else rng.randint(1, 50 * space.max_batch)
     poison = rng.choice((float("nan"), float("nan"), float("inf")))
 
-    def lay(values: Tensor, fill: float = poison) -> Tensor:
-        aligned = space.alignment if values.is_floating_point() else 1
-        return _lay_out(values, fill, rng, device, aligned) if space.strides else values.contiguous().to(device)
+    def lay(values: Tensor, fill: float = poison, alignment: int = 1, shift: int = 0) -> Tensor:
+        if not space.strides:
+            return values.contiguous().to(device)
+        return _lay_out(values, fill, rng, device, alignment, shift)
+
+    def lay_cache(values: Tensor) -> Tensor:
+        return lay(values, alignment=alignment, shift=shift)
 
     options: dict[str, Any] = {}
-    max_len = rng.randint(1, space.max_len)
+    max_len = rng.randint(1, max(1, min(space.max_len, space.max_tokens // batch)))
     lens = [_random_len(rng, q_len, max_len) for _ in range(batch)]
     starts = [0] * batch
     if page_size is None and rng.random() < 0.2:
         lens = [max_len] * batch
     else:
         options["seq_lens"] = torch.tensor(lens, dtype=torch.int32)
-    if space.options and rng.random() < 0.4:
+    if rng.random() < 0.4:
         # From 0 to past the row's end, which leaves the row empty.
         starts = [rng.choice((0, rng.randint(0, n), rng.randint(n, n + 2))) for n in lens]
         options["starts"] = torch.tensor(starts, dtype=torch.int32)
-    if space.options and rng.random() < 0.25:
+    if rng.random() < 0.25:
         options["causal"] = False
-    if space.options and rng.random() < 0.3:
+    if space.scoring and rng.random() < 0.3:
         options["softcap"] = rng.choice((5.0, 20.0, 50.0))
     if rng.random() < 0.4:
-        options["softmax_scale"] = rng.choice((16, 64, 80, 128, 192)) ** -0.5
+        options["softmax_scale"] = rng.choice((16, 64, 80, 128, 192)) ** -0.5 * rng.choice((1, 1, 1, 1, -1, 0))
 
     slots, slot_len = batch, max_len
     if page_size is not None:
@@ -146,20 +176,20 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
         return torch.randn(slots, slot_len, width, generator=noise).to(dtype).masked_fill(~visible[..., None], poison)
 
     # Scores of a spread of our choosing, up to where softmax picks one token.
-    spread = rng.choice((0.1, 1.0, 1.0, 4.0, 20.0))
-    factor = spread / (options.get("softmax_scale", (dv + d_pe) ** -0.5) * math.sqrt(dv + d_pe))
+    scale = abs(options.get("softmax_scale", (dv + d_pe) ** -0.5)) or 1.0
+    factor = rng.choice(space.spreads) / (scale * math.sqrt(dv + d_pe))
     q = (torch.randn(batch, q_len, n_heads, dv + d_pe, generator=noise) * factor).to(dtype)
     blind = _first_end(lens, q_len, options.get("causal", True)) <= torch.tensor(starts)[:, None]
     q.masked_fill_(blind[:, :, None, None], poison)
     rows = cache(dv + groups * d_pe)
     q_nope, q_pe = _split(q, dv, space.strides and rng.random() < 0.3, lay)
-    ckv, kpe = _split(rows, dv, space.strides and rng.random() < 0.3, lay)
-    if space.options and rng.random() < 0.3:
-        options["v_cache"] = lay(cache(rng.choice(space.dv)))
-    if space.options and rng.random() < 0.3:
-        scale = 0.5 + torch.rand(slots, slot_len, groups, generator=noise)
-        scale = scale.masked_fill(~visible[..., None], poison).to(rng.choice((dtype, torch.float32)))
-        options["score_scale"] = lay(scale)
+    ckv, kpe = _split(rows, dv, space.strides and rng.random() < 0.3, lay_cache)
+    if space.scoring and rng.random() < 0.3:
+        options["v_cache"] = lay_cache(cache(rng.choice(space.dv)))
+    if space.scoring and rng.random() < 0.3:
+        factors = 0.5 + torch.rand(slots, slot_len, groups, generator=noise)
+        factors = factors.masked_fill(~visible[..., None], poison).to(rng.choice((dtype, torch.float32)))
+        options["score_scale"] = lay(factors)
     for name in ("seq_lens", "starts", "block_table"):
         if name in options:
             options[name] = lay(options[name], GARBAGE_PAGES[1])
@@ -219,20 +249,21 @@ def _split(rows: Tensor, dv: int, merged: bool, lay: Callable[[Tensor], Tensor])
     return lay(rows[..., :dv]), lay(rows[..., dv:])
 
 
-def _lay_out(values: Tensor, fill: float, rng: random.Random, device: torch.device | str, alignment: int) -> Tensor:
-    """`values` as a view into a larger buffer full of `fill`, with any strides but the last, which is 1."""
+def _lay_out(
+    values: Tensor, fill: float, rng: random.Random, device: torch.device | str, alignment: int, shift: int
+) -> Tensor:
+    """`values` as a view into a larger buffer full of `fill`, with any strides but the last, which is 1.
+
+    Paddings, and the place of the first element but for `shift`, are multiples of `alignment`.
+    """
     outer = values.dim() - 1
     order = rng.sample(range(outer), outer) if rng.random() < 0.3 else list(range(outer))
     sizes = [values.shape[d] + rng.choice((0, 0, 1)) for d in order] + [
         values.shape[-1] + alignment * rng.choice((0, 0, 1, 8))
     ]
-    offset = alignment * rng.choice((0, 0, 1, 8))
+    offset = shift + 8 * rng.choice((0, 0, 1, 8)) if alignment > 1 or shift else rng.choice((0, 0, 1, 8))
     buffer = torch.full((offset + math.prod(sizes),), fill, dtype=values.dtype, device=device)
     view = buffer[offset:].view(sizes).permute(*(order.index(d) for d in range(outer)), outer)
     for d, size in enumerate(values.shape):
         view = view.narrow(d, 0, size)
     return view.copy_(values)
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -14,20 +16,47 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from .cases import Case, CaseSpace, random_case
+from .cases import LOADERS, Case, CaseSpace, Specialisation, random_case
+from .plan import MAX_ROPE_ROW
+from .shape import MLAShape
 
-# What the TileLang backend takes.
+N_SPECIALISATIONS = 64
+
+
+def _tilelang_specialisations() -> tuple[Specialisation, ...]:
+    """Specialisations over everything that the TileLang backend takes: every value of every list occurs, evenly."""
+
+    def evenly(name: str, values: Sequence[Any]) -> list[Any]:
+        column = [values[i % len(values)] for i in range(N_SPECIALISATIONS)]
+        random.Random(name).shuffle(column)
+        return column
+
+    columns = (
+        evenly("n_heads", (8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)),
+        evenly("keys", ("shared", "grouped", "per head")),
+        evenly("dv", (64, 128, 192, 256, 320, 384, 448, 512)),
+        evenly("d_pe", (0, 8, 8, 16, 16, 32, 32, 64)),
+        evenly("dtype", (torch.float16, torch.bfloat16)),
+        evenly("q_len", (1, 1, 1, 1, 2, 3, 4, 5, 8, 16)),
+        evenly("loader", tuple(LOADERS)),
+    )
+    found = []
+    for n_heads, keys, dv, d_pe, dtype, q_len, loader in zip(*columns, strict=True):
+        divisors = [g for g in range(1, n_heads + 1) if n_heads % g == 0]
+        groups = {"shared": 1, "grouped": divisors[len(divisors) // 2], "per head": n_heads}[keys] if d_pe else 1
+        d_pe = min(d_pe, MAX_ROPE_ROW // groups // 8 * 8)
+        found.append(Specialisation(MLAShape(n_heads, groups, dv, d_pe), dtype, q_len, loader))
+    return tuple(found)
+
+
+# What the TileLang backend takes, from a number of kernels that can be compiled in minutes.
 TILELANG = CaseSpace(
     dtypes=(torch.float16, torch.bfloat16),
-    n_heads=(8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
-    dv=(64, 128, 192, 256, 320, 384, 448, 512),
-    d_pe=(8, 16, 32, 64),
-    q_len=(1,),
-    page_sizes=(None,),
     max_len=700,
-    seeds_per_shape=20,
-    options=False,
-    alignment=8,
+    max_tokens=2000,
+    spreads=(0.1, 1.0, 1.0, 4.0, 20.0, 2500.0),
+    specialisations=_tilelang_specialisations(),
+    scoring=False,
 )
 
 _INF = float("inf")
@@ -73,11 +102,12 @@ def run(
     dtype: torch.dtype | None,
     backend: str,
     console: Console,
+    first_seed: int = 0,
 ) -> int:
     """Runs random cases, prints a table of the worst errors and one line for every miss.
 
     Args:
-        cases: how many; their seeds count from 0.
+        cases: how many; their seeds count from `first_seed`.
         seed: instead, the one case of this seed.
         device: where to decode.
         dtype: None for every dtype the backend takes.
@@ -98,8 +128,9 @@ def run(
         if dtype not in space.dtypes:
             accepted = ", ".join(_DTYPE_FLAGS[d] for d in space.dtypes)
             raise ValueError(f"dtype must be one of {accepted} with backend {backend!r}, got {dtype}")
-        space = replace(space, dtypes=(dtype,))
-    seeds = range(cases) if seed is None else range(seed, seed + 1)
+        kept = tuple(s for s in space.specialisations if s.dtype == dtype)
+        space = replace(space, dtypes=(dtype,), specialisations=kept)
+    seeds = range(first_seed, first_seed + cases) if seed is None else range(seed, seed + 1)
     tally = _Tally(defaultdict(list), [])
     for case_seed in track(seeds, f"checking on {device}", console=console, transient=True):
         tally.add(random_case(case_seed, space, device), backend)

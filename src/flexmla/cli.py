@@ -129,6 +129,7 @@ def demo(
 def check(
     seed: Annotated[int | None, typer.Option(help="Repeat the one case of this seed.")] = None,
     cases: Annotated[int, typer.Option(min=1, help="How many random cases.")] = 200,
+    first_seed: Annotated[int, typer.Option(min=0, help="The seed that they count from.")] = 0,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: every dtype.")] = None,
     backend: Annotated[str, typer.Option(help="auto, tilelang or torch.")] = "auto",
@@ -138,6 +139,7 @@ def check(
 
     misses = check.run(
         cases=cases,
+        first_seed=first_seed,
         seed=seed,
         device=parse_device(device),
         dtype=None if dtype is None else parse_dtype(dtype),

@@ -38,36 +38,40 @@ def mla_decode(
     out = torch.zeros(batch, q_len, n_heads, value_cache.shape[2], dtype=dtype, device=q_nope.device)
     lse = torch.full((batch, n_heads, q_len), float("-inf"), dtype=dtype, device=q_nope.device)
 
-    for b in range(batch):
-        seq_len = ckv_cache.shape[1] if seq_lens is None else int(seq_lens[b])
-        start = 0 if starts is None else int(starts[b])
-        for i in range(q_len):
-            end = seq_len - q_len + i + 1 if causal else seq_len
-            tokens = list(range(start, end))
-            if not tokens:
-                continue
-            ckv = _gather(ckv_cache, b, tokens, block_table).to(dtype)
-            values = _gather(value_cache, b, tokens, block_table).to(dtype)
-            kpe = None if kpe_cache is None else _gather(kpe_cache, b, tokens, block_table).to(dtype)
-            scale = None if score_scale is None else _gather(score_scale, b, tokens, block_table).to(dtype)
-            for h in range(n_heads):
-                s = ckv @ q_nope[b, i, h].to(dtype)
-                if q_pe is not None and kpe is not None:
-                    s = s + kpe[:, h // (n_heads // kpe.shape[1])] @ q_pe[b, i, h].to(dtype)
-                s = softmax_scale * s
-                if scale is not None:
-                    s = s * scale[:, h // (n_heads // scale.shape[1])]
-                if softcap > 0:
-                    s = softcap * torch.tanh(s / softcap)
-                lse[b, h, i] = torch.logsumexp(s, dim=0)
-                out[b, i, h] = torch.softmax(s, dim=0) @ values
+    lens = [ckv_cache.shape[1]] * batch if seq_lens is None else seq_lens.tolist()
+    firsts = [0] * batch if starts is None else starts.tolist()
+    for b, (seq_len, first) in enumerate(zip(lens, firsts, strict=True)):
+        tokens = torch.arange(first, max(first, seq_len), device=q_nope.device)
+        if len(tokens) == 0:
+            continue
+        ckv, values = (_gather(cache, b, tokens, block_table).to(dtype) for cache in (ckv_cache, value_cache))
+        s = torch.einsum("ihd,td->iht", q_nope[b].to(dtype), ckv)
+        if q_pe is not None and kpe_cache is not None:
+            kpe = _per_head(_gather(kpe_cache, b, tokens, block_table).to(dtype), n_heads)
+            s = s + torch.einsum("ihd,thd->iht", q_pe[b].to(dtype), kpe)
+        s = softmax_scale * s
+        if score_scale is not None:
+            s = s * _per_head(_gather(score_scale, b, tokens, block_table).to(dtype), n_heads).T
+        if softcap > 0:
+            s = softcap * torch.tanh(s / softcap)
+        if causal:
+            last = seq_len - q_len + torch.arange(q_len, device=q_nope.device)  # the newest token that a query sees
+            s = s.masked_fill(tokens > last[:, None, None], float("-inf"))
+        log_sum = torch.logsumexp(s, dim=-1)
+        weights = torch.exp(s - log_sum[..., None]).masked_fill(log_sum[..., None] == float("-inf"), 0)
+        lse[b] = log_sum.T
+        out[b] = torch.einsum("iht,tw->ihw", weights, values)
     return out, lse
 
 
-def _gather(cache: Tensor, b: int, tokens: list[int], block_table: Tensor | None) -> Tensor:
+def _gather(cache: Tensor, b: int, tokens: Tensor, block_table: Tensor | None) -> Tensor:
     """The given tokens of row b, `[len(tokens), ...]`."""
     if block_table is None:
         return cache[b, tokens]
     page_size = cache.shape[1]
-    pages = [int(block_table[b, t // page_size]) for t in tokens]
-    return cache[pages, [t % page_size for t in tokens]]
+    return cache[block_table[b, tokens // page_size].long(), tokens % page_size]
+
+
+def _per_head(grouped: Tensor, n_heads: int) -> Tensor:
+    """`[tokens, groups, ...]` as `[tokens, n_heads, ...]`: neighbouring heads share a group."""
+    return grouped.repeat_interleave(n_heads // grouped.shape[1], 1)

@@ -32,7 +32,7 @@ def source(n_heads: int, q_len: int, dv: int) -> str:
         seq_lens: T.Tensor((batch,), i32),
         starts: T.Tensor((batch,), i32),
         out: T.Tensor((batch, q_len, n_heads, dv), "float32"),
-        lse: T.Tensor((batch, n_heads * q_len), f32),
+        lse: T.Tensor((batch, n_heads, q_len), f32),
         part: T.Tensor((slots, n_heads * q_len, dv), "float32"),
         part_lse: T.Tensor((slots, n_heads * q_len), f32),
         has_starts: i32,

@@ -11,8 +11,8 @@ import torch
 
 import flexmla
 from flexmla import MLAShape, reference
-from flexmla.cases import CaseSpace, random_case
-from flexmla.check import bounds, row_errors
+from flexmla.cases import Specialisation, random_case
+from flexmla.check import TILELANG, bounds, row_errors
 from flexmla.plan import device_record, tilelang_installed
 from flexmla.tiling import tile
 
@@ -39,7 +39,9 @@ def _compiled() -> None:
     from flexmla.backends.tilelang.compile import prebuild
 
     sm_count = device_record("cuda").sm_count
-    jobs = [(s, tile(s, 64, 8192, sm_count), d) for s in SHAPES for d in DTYPES]
+    wanted = [(shape, dtype, 1, "contiguous") for shape in SHAPES for dtype in DTYPES]
+    wanted += [tuple(specialisation) for specialisation in TILELANG.specialisations]
+    jobs = [(s, tile(s, 64, 8192, sm_count, q_len), d, q_len, loader) for s, d, q_len, loader in wanted]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
         problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]
     assert not problems, "\n".join(problems)
@@ -92,15 +94,26 @@ def test_wide_batches_with_many_empty_rows() -> None:
         check(inputs(shape, lens, 128 + 2, dtype, seed=batch), dtype)
 
 
-def test_random_cases() -> None:
-    space = CaseSpace(
-        dtypes=DTYPES, n_heads=(16,), dv=(512,), d_pe=(64,), q_len=(1,), page_sizes=(None,), max_len=700,
-        max_rope_row=64, max_batch=12, options=False, strides=False,
-    )  # fmt: skip
-    for seed in range(100):
-        case = random_case(seed, space, "cuda")
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_random_cases(first: int) -> None:
+    for seed in range(first, first + 100):
+        case = random_case(seed, TILELANG, "cuda")
         errors = row_errors(*case.decode(backend="tilelang"), *case.expected())
         assert errors.within(bounds(case.q_nope.dtype)), (case.describe(), errors)
+
+
+def test_random_cases_lie_in_memory_as_their_loaders_want_it() -> None:
+    from flexmla.backends.tilelang import _loader
+    from flexmla.cases import LOADERS
+
+    drawn = [random_case(seed, TILELANG, "cuda") for seed in range(60)]
+    assert {_loader(case.ckv_cache, case.kpe_cache, case.paged) for case in drawn} == set(LOADERS)
+    for case in drawn:
+        kpe, shape = case.kpe_cache, case.q_nope.shape
+        groups, d_pe = (1, 0) if kpe is None else kpe.shape[2:]
+        loader = _loader(case.ckv_cache, kpe, case.paged)
+        made = Specialisation(MLAShape(shape[2], groups, shape[3], d_pe), case.q_nope.dtype, shape[1], loader)
+        assert made in TILELANG.specialisations
 
 
 def test_lengths_out_of_range_are_clamped() -> None:
@@ -214,9 +227,9 @@ def test_torch_compile_has_no_break() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"starts": torch.zeros(2, dtype=torch.int32)}, "starts"),
         ({"softcap": 30.0}, "softcap"),
-        ({"softmax_scale": 0.0}, "softmax_scale"),
+        ({"score_scale": torch.ones(2, 90, 1)}, "score_scale"),
+        ({"v_cache": torch.ones(2, 90, 64, dtype=torch.float16)}, "v_cache"),
     ],
 )
 def test_what_it_lacks_is_refused_by_name_and_taken_by_auto(change: dict[str, object], named: str) -> None:
@@ -228,11 +241,24 @@ def test_what_it_lacks_is_refused_by_name_and_taken_by_auto(change: dict[str, ob
     assert row_errors(out, lse, *reference.mla_decode(**call, **change)).within(bounds(torch.float16))  # type: ignore[arg-type]
 
 
-def test_unaligned_caches_are_refused_by_name_and_taken_by_auto() -> None:
+@pytest.mark.parametrize("shift", [1, 4, 8])
+def test_caches_of_any_alignment(shift: int) -> None:
     call = inputs(MLAShape(16, 1, 512, 64), [90, 33], 90, torch.float16)
-    buffer = torch.empty(2, 90, 513, dtype=torch.float16, device="cuda")
+    buffer = torch.full((2, 90, 512 + shift), NAN, dtype=torch.float16, device="cuda")
     call["ckv_cache"] = buffer[..., :512].copy_(call["ckv_cache"])
-    with pytest.raises(NotImplementedError, match="16 bytes"):
-        flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
-    out, lse = flexmla.mla_decode(**call)  # type: ignore[arg-type]
-    assert row_errors(out, lse, *reference.mla_decode(**call)).within(bounds(torch.float16))  # type: ignore[arg-type]
+    check(call, torch.float16)
+
+
+def test_rows_that_share_their_memory() -> None:
+    """Expanded caches and queries, whose batch stride is 0."""
+    call = inputs(MLAShape(16, 1, 512, 64), [90], 90, torch.float16)
+    call |= {name: x.expand(3, *x.shape[1:]) for name, x in call.items() if x is not None and name != "seq_lens"}
+    call["seq_lens"] = torch.tensor([90, 5, 64], dtype=torch.int32, device="cuda")
+    check(call, torch.float16)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [-0.05, 0.0])
+def test_scales_that_are_not_positive(scale: float, causal: bool) -> None:
+    call = inputs(MLAShape(16, 1, 512, 64), [90, 0, 33], 90, torch.float16)
+    check(call, torch.float16, softmax_scale=scale, causal=causal)

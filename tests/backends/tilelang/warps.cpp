@@ -31,6 +31,7 @@ static thread_local Warp *warp;
 
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static void cudaGridDependencySynchronize() {}
+static void cudaTriggerProgrammaticLaunchCompletion() {}
 
 template <class V> static V shuffle(V value, int from) {
   static_assert(sizeof(V) == 4);

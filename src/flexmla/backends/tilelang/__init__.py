@@ -60,27 +60,36 @@ def decode(
     if block_table is None:
         log_page = LOG_UNPAGED
         if loader == "contiguous":
-            block_table = seq_lens.unsqueeze(1)  # a stand-in that nothing reads
+            block_table = seq_lens  # a stand-in that nothing reads
         else:
             block_table = torch.arange(batch, dtype=torch.int32, device=q_nope.device).unsqueeze(1)
+    elif block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
     if softmax_scale <= 0:  # the kernels take the maximum before they scale
         factor = -1 if softmax_scale < 0 else 0
         q_nope, q_pe = q_nope * factor, None if q_pe is None else q_pe * factor
         softmax_scale = -softmax_scale or 1.0
-    q = _fold(q_nope)
+    q_nope = _aligned(q_nope)
+    if kpe_cache is None:
+        kpe_cache = ckv_cache  # a stand-in, as for q_pe
+    elif n_rope_heads == 1:
+        if kpe_cache.stride(2) != d_pe:  # any number is right for a dimension of one key, but not for TMA
+            kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
+    elif loader in ("contiguous", "pages"):
+        kpe_cache = kpe_cache.flatten(2)
     # the kernel writes dense results; a caller's strided ones are filled from those
     dense_out = out if _dense(out) else out.new_empty(out.shape)
     dense_lse = lse if _dense(lse) else lse.new_empty(lse.shape)
     run(
-        q,
-        q if q_pe is None else _fold(q_pe),
+        q_nope,
+        q_nope if q_pe is None else _aligned(q_pe),
         ckv_cache,
-        ckv_cache if kpe_cache is None else kpe_cache if loader in ("gather", "scalar") else kpe_cache.flatten(2),
+        kpe_cache,
         seq_lens,
         seq_lens if starts is None else _aligned(starts),
-        block_table if block_table.stride(1) == 1 else block_table.contiguous(),
+        block_table,
         dense_out,
-        dense_lse.view(batch, n_heads * q_len),
+        dense_lse,
         q_nope.new_empty((2 * workers, n_heads * q_len, dv)),
         q_nope.new_empty((2 * workers, n_heads * q_len), dtype=torch.float32),
         softmax_scale,
@@ -134,21 +143,18 @@ def _loader(ckv: Tensor, kpe: Tensor | None, paged: bool) -> str:
     return "pages" if paged else "contiguous"
 
 
-def _fold(q: Tensor) -> Tensor:
-    """Queries `[batch, q_len, n_heads, width]` as `[batch, n_heads * q_len, width]`, aligned."""
-    if q.shape[1] == 1:
-        return _aligned(q.squeeze(1))
-    return _aligned(q.transpose(1, 2).flatten(1, 2))
-
-
 def _dense(result: Tensor) -> bool:
     return result.is_contiguous() and result.data_ptr() % 16 == 0
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where its base or strides are no multiples of 16 bytes. For a call's small inputs."""
-    width = tensor.element_size()
-    outer = tensor.stride()[:-1]
-    if tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 and stride < 2**31 for stride in outer):
-        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor, or a copy of it where its base or strides are not what TMA takes. For a call's small inputs."""
+    *outer, last = tensor.stride()
+    if last == 1 and tensor.data_ptr() % 16 == 0:
+        width = tensor.element_size()
+        for step in outer:
+            if step * width % 16 or not 0 < step < 2**31:
+                break
+        else:
+            return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -8,8 +8,7 @@ LN2 = 0.6931471805599453
 LEAST = -1e38  # below every score: what a maximum starts from, so that a query that sees nothing needs no case
 WARPS = 4
 VECTOR = 8  # elements a lane loads at once: 16 bytes
-LOG_LOADS = 2
-LOADS = 1 << LOG_LOADS  # states a lane has in flight
+LOADS = 4  # states a lane has in flight; with the most ways, 8, they make 32
 
 
 @T.macro
@@ -19,10 +18,10 @@ def combine(
 ):  # fmt: skip
     """The second launch, warps that share nothing; it may start early and waits where it needs the first one's results.
 
-    Each query (a head of a query token) of a row is cut into `2**log_parts` runs of columns, a warp each, whose lanes hold `2**log_ways` states
-    side by side: few states of many rows want few warps, many states of few rows want many loads in flight. Whatever an
-    address is made of is a variable of 32 bits: written as an expression, it would be computed again, in 64 bits, for
-    every load.
+    Each query (a head of a query token) of a row is cut into `2**log_parts` runs of columns, a warp each, whose lanes
+    hold `2**log_ways` states side by side: few states of many rows want few warps, many states of few rows want many
+    loads in flight. The first loads of states are under way before their weights are known. Whatever an address is made
+    of is a variable of 32 bits: written as an expression, it would be computed again, in 64 bits, for every load.
     """
     with T.Kernel(T.ceildiv(n_heads * q_len * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (
         block,
@@ -40,24 +39,25 @@ def combine(
         run = T.alloc_var(T.int32)
         span = T.alloc_var(T.int32)
         way = T.alloc_var(T.int32)
-        ways = T.alloc_var(T.int32)
+        batch_states = T.alloc_var(T.int32)
         vector = T.alloc_var(T.int32)
         end = T.alloc_var(T.int32)
         first = T.alloc_var(T.int32)
         states = T.alloc_var(T.int32)
         state = T.alloc_var(T.int32)
-        some = T.alloc_var(T.int32)
         run_vectors = T.alloc_var(T.int32)
+        begin = T.alloc_var(T.int32)
+        length = T.alloc_var(T.int32)
+        # the next call's decode may come while this waits: it waits in turn for all of this to be written
+        T.pdl_trigger()
         query = T.shift_right(block * WARPS + tx // 32, log_parts)
         run = block * WARPS + tx // 32 - T.shift_left(query, log_parts)
-        ways = T.shift_left(1, log_ways)
+        batch_states = T.shift_left(LOADS, log_ways)
         span = T.shift_right(32, log_ways)  # lanes of one state
         way = T.shift_right(lane, 5 - log_ways)
         run_vectors = T.shift_right(dv // VECTOR + T.shift_left(1, log_parts) - 1, log_parts)
         vector = run * run_vectors
         end = T.min(vector + run_vectors, dv // VECTOR)
-        begin = T.alloc_var(T.int32)
-        length = T.alloc_var(T.int32)
         rows = Rows(seq_lens, starts, has_starts, batch, capacity, block_n)
         count_before(rows, lane, row, before, total)
         row_span(rows, row, begin, length, tiles)
@@ -73,48 +73,52 @@ def combine(
                         out[row, query % q_len, query // q_len, vector * VECTOR + v] = 0
                     vector += 32
                 if run == 0 and lane == 0:
-                    lse[row, query] = -T.infinity(T.float32)
+                    lse[row, query // q_len, query % q_len] = -T.infinity(T.float32)
             elif states > 1:
                 top = T.alloc_var(T.float32)
                 denom = T.alloc_var(T.float32)
+                mine = T.alloc_var(T.float32)
                 weight = T.alloc_var(T.float32)
-                top = LEAST
-                for z in T.serial(T.ceildiv(states, 32)):
+                fresh = T.alloc_var(T.int32)
+                mine = LEAST
+                if lane < states:
+                    mine = part_lse[slot(first, lane), query]
+                vector += lane - T.shift_left(way, 5 - log_ways)
+                load_states(part, value, first, states, way, log_ways, query, vector, end)
+                fresh = 1
+                top = mine
+                for z in T.serial(1, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
                         top = T.max(top, part_lse[slot(first, z * 32 + lane), query])
                 for d in T.unroll(5):
                     top = T.max(top, T.shfl_xor(top, 16 >> d))
-                denom = 0.0
-                for z in T.serial(T.ceildiv(states, 32)):
+                denom = T.if_then_else(lane < states, T.exp2(mine - top), 0)
+                for z in T.serial(1, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
                         denom += T.exp2(part_lse[slot(first, z * 32 + lane), query] - top)
                 for d in T.unroll(5):
                     denom += T.shfl_xor(denom, 16 >> d)
-                vector += lane - T.shift_left(way, 5 - log_ways)
                 for _ in T.serial(T.shift_right(run_vectors + span - 1, 5 - log_ways)):
                     for v in T.unroll(VECTOR):
                         acc[v] = 0
-                    for z in T.serial(T.ceildiv(states, 32)):
-                        weight = 0.0
-                        if z * 32 + lane < states:
-                            weight = T.exp2(part_lse[slot(first, z * 32 + lane), query] - top)
-                        some = T.min(states - z * 32, 32)
-                        state = way
-                        for _ in T.serial(T.shift_right(some + LOADS * ways - 1, log_ways + LOG_LOADS)):
-                            for u in T.unroll(LOADS):
-                                if state + u * ways < some and vector < end:
-                                    for v in T.vectorized(VECTOR):
-                                        value[u, v] = part[
-                                            slot(first, z * 32 + state + u * ways), query, vector * VECTOR + v
-                                        ]
-                                else:
-                                    for v in T.vectorized(VECTOR):
-                                        value[u, v] = 0
-                            for u in T.unroll(LOADS):
-                                share = T.shfl_sync(weight, (state + u * ways) % 32)
-                                for v in T.unroll(VECTOR):
-                                    acc[v] += T.cast(value[u, v], T.float32) * share
-                            state += LOADS * ways
+                    state = way
+                    while state - way < states:
+                        if fresh == 0:
+                            load_states(part, value, first, states, state, log_ways, query, vector, end)
+                        fresh = 0
+                        # batches of states divide 32, so that one batch's weights are in one register of the warp
+                        if (state - way) % 32 == 0:
+                            weight = 0.0
+                            if state - way + lane < states:
+                                weight = T.exp2(
+                                    T.if_then_else(state == way, mine, part_lse[slot(first, state - way + lane), query])
+                                    - top
+                                )
+                        for u in T.unroll(LOADS):
+                            share = T.shfl_sync(weight, (state + T.shift_left(u, log_ways)) % 32)
+                            for v in T.unroll(VECTOR):
+                                acc[v] += T.cast(value[u, v], T.float32) * share
+                        state += batch_states
                     for d in T.unroll(5):
                         for v in T.unroll(VECTOR):
                             acc[v] += T.if_then_else((16 >> d) >= span, 1.0, 0.0) * T.shfl_xor(acc[v], 16 >> d)
@@ -125,7 +129,19 @@ def combine(
                             )
                     vector += span
                 if run == 0 and lane == 0:
-                    lse[row, query] = (T.log2(denom) + top) * LN2
+                    lse[row, query // q_len, query % q_len] = (T.log2(denom) + top) * LN2
+
+
+@T.macro
+def load_states(part, value, first, states, state, log_ways, query, vector, end):
+    """`value[u]` = a vector of each of the states `state + u * 2**log_ways`, zeros past the last state or column."""
+    for u in T.unroll(LOADS):
+        if state + T.shift_left(u, log_ways) < states and vector < end:
+            for v in T.vectorized(VECTOR):
+                value[u, v] = part[slot(first, state + T.shift_left(u, log_ways)), query, vector * VECTOR + v]
+        else:
+            for v in T.vectorized(VECTOR):
+                value[u, v] = 0
 
 
 def slot(first, state):

@@ -81,7 +81,9 @@ def prebuild(
 
 def _compile(func: Any) -> Any:
     try:
-        return tilelang.compile(func, target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
+        made = tilelang.compile(func, target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
+        # the compiled function itself: what TileLang wraps around it looks it up again at every call
+        return made.adapter.get_exportable_executable()["main"]
     except Exception as error:
         missing = missing_compilers()
         if missing:

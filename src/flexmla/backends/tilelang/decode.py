@@ -10,7 +10,7 @@ from .many_heads import consume_many
 from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
 
-QUERY_STRIDES = ("sqb", "sqh", "spb", "sph")
+QUERY_STRIDES = ("sqb", "sqi", "sqh", "spb", "spi", "sph")
 CACHE_STRIDES = ("scp", "scs", "skp", "sks", "skr", "stb")
 # loaders: contiguous caches by TMA, pages of at least a tile by TMA, and token by token: 8 or 1 elements at once
 LOADERS = ("contiguous", "pages", "gather", "scalar")
@@ -19,7 +19,8 @@ LOADERS = ("contiguous", "pages", "gather", "scalar")
 def decode_program(shape, tiling, q_len, loader, dtype):
     """The kernel of one shape and tile; batch, lengths, page size, strides and grid are dynamic.
 
-    Query tokens are folded into the heads: query `h * q_len + i` is head `h` of token `i`.
+    Query tokens are folded into the heads: query `h * q_len + i` is head `h` of token `i`. A launch may begin while the
+    one before it ends: nothing is read before that has been waited for.
 
     Args:
         shape: the `MLAShape`.
@@ -40,9 +41,12 @@ def decode_program(shape, tiling, q_len, loader, dtype):
     groups = -(-n_heads // block_h)
     vector = {"gather": 8, "scalar": 1}.get(loader, 0)
     gathered, paged = vector > 0, loader != "contiguous"
-    producers = 32 if vector <= 1 else 64  # arrivals at a full stage
+    # one warp starts copies that the TMA unit makes; gathering takes more, unless several CTAs of an SM have one each
+    loaders = 3 if gathered and not (few and ctas_per_sm > 1) else 1
+    arrivals = 32 * loaders * (2 if vector > 1 else 1)  # at a full stage
+    query_arrivals = 64 if q_len > 1 or d_pe else 32
     consumers = few_heads.CONSUMERS if few else many_heads.CONSUMERS
-    threads = consumers + (64 if few else 128)
+    threads = consumers + (32 * (loaders + 1) if few else 128)
     warps = block_n // 16
     p_shape = (block_n, queries) if few else (1, 8)
     warp_shape = (warps, queries) if few else (1, 8)
@@ -50,26 +54,27 @@ def decode_program(shape, tiling, q_len, loader, dtype):
     batch, max_pages, n_pages, page_size, slots = (
         T.dynamic(name) for name in ("batch", "max_pages", "n_pages", "page_size", "slots")
     )
-    sqb, sqh, spb, sph = (T.dynamic(name) for name in QUERY_STRIDES)
+    sqb, sqi, sqh, spb, spi, sph = (T.dynamic(name) for name in QUERY_STRIDES)
     scp, scs, skp, sks, skr, stb = (T.dynamic(name, "int64") for name in CACHE_STRIDES)
+    table_shape, table_strides = ((batch, max_pages), (stb, 1)) if paged else ((batch,), (1,))
     if not d_pe:
         kpe_shape, kpe_strides = (n_pages, page_size, dv), (skp, sks, 1)
-    elif gathered:
+    elif gathered or n_rope_heads == 1:
         kpe_shape, kpe_strides = (n_pages, page_size, n_rope_heads, d_pe), (skp, sks, skr, 1)
     else:
         kpe_shape, kpe_strides = (n_pages, page_size, n_rope_heads * d_pe), (skp, sks, 1)
 
     @T.prim_func
     def decode(
-        q_nope: T.StridedTensor((batch, n_queries, dv), (sqb, sqh, 1), dtype),
-        q_pe: T.StridedTensor((batch, n_queries, q_pe_cols), (spb, sph, 1), dtype),
+        q_nope: T.StridedTensor((batch, q_len, n_heads, dv), (sqb, sqi, sqh, 1), dtype),
+        q_pe: T.StridedTensor((batch, q_len, n_heads, q_pe_cols), (spb, spi, sph, 1), dtype),
         ckv: T.StridedTensor((n_pages, page_size, dv), (scp, scs, 1), dtype),
         kpe: T.StridedTensor(kpe_shape, kpe_strides, dtype),
         seq_lens: T.Tensor((batch,), i32),
         starts: T.Tensor((batch,), i32),
-        block_table: T.StridedTensor((batch, max_pages), (stb, 1), i32),
+        block_table: T.StridedTensor(table_shape, table_strides, i32),
         out: T.Tensor((batch, q_len, n_heads, dv), dtype),
-        lse: T.Tensor((batch, n_queries), f32),
+        lse: T.Tensor((batch, n_heads, q_len), f32),
         part: T.Tensor((slots, n_queries, dv), dtype),
         part_lse: T.Tensor((slots, n_queries), f32),
         softmax_scale: T.float32,
@@ -91,9 +96,9 @@ def decode_program(shape, tiling, q_len, loader, dtype):
             p_sh = T.alloc_shared(p_shape, dtype)
             max_sh = T.alloc_shared(warp_shape, f32)
             sum_sh = T.alloc_shared(warp_shape, f32)
-            full = T.alloc_barrier([producers] * stages)
+            full = T.alloc_barrier([arrivals] * stages)
             empty = T.alloc_barrier([consumers] * stages)
-            q_full = T.alloc_barrier(32)
+            q_full = T.alloc_barrier(query_arrivals)
             q_empty = T.alloc_barrier(consumers)
 
             tx = T.get_thread_binding()
@@ -102,6 +107,7 @@ def decode_program(shape, tiling, q_len, loader, dtype):
             row = T.alloc_var(i32)
             tile = T.alloc_var(i32)
             left = T.alloc_var(i32)
+            T.pdl_sync()
             if few:
                 T.pdl_trigger()
             share(rows, tx % 32, worker, workers, row, tile, left)
@@ -125,15 +131,17 @@ def decode_program(shape, tiling, q_len, loader, dtype):
                     ckv, kpe, block_table, log_page, paged, ckv_sh, kpe_sh, rope, group * block_h // rep, d_pe, full,
                     empty,
                 )  # fmt: skip
-                if tx < consumers + 32:
+                if tx < consumers + 32 * loaders:
                     if gathered:
-                        gather_tiles(caches, rows, stages, vector, dv, n_rope_heads, tx % 32, row, tile, left)
+                        gather_tiles(
+                            caches, rows, stages, vector, dv, loaders, (tx - consumers) // 32, tx % 32, row, tile, left
+                        )
                     else:
                         stream_tiles(caches, rows, stages, row, tile, left)
-                elif tx < consumers + 64:
+                elif tx < consumers + 32 * (loaders + 1):
                     fetch_queries(
-                        q_nope, q_pe, q_sh, q_rope_sh, rows, n_queries, block_q, queries, q_len, rep, d_pe, rope, query0,
-                        q_full, q_empty, row, tile, left,
+                        q_nope, q_pe, q_sh, q_rope_sh, rows, n_heads, block_q, queries, q_len, rep, d_pe, rope,
+                        group * block_h, q_full, q_empty, tx % 32, row, tile, left,
                     )  # fmt: skip
 
         combine(

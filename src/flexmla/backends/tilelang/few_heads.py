@@ -47,6 +47,7 @@ def consume_few(
             T.fill(sums, 0)
             T.fill(m, LEAST)
             T.mbarrier_wait_parity(q_full, seg & 1)
+            T.fence_proxy_async()
             for j in T.serial(count):
                 stage = step % stages
                 first = (begin // block_n + tile + j) * block_n
@@ -106,10 +107,10 @@ def consume_few(
             if count == tiles:
                 for h, i in T.Parallel(block_q, span):
                     if query0 + h < n_queries and i < dv:
-                        out[row, (query0 + h) % q_len, (query0 + h) // q_len, i] = q_sh[h, i]
+                        out[row, h % q_len, (query0 // q_len) + h // q_len, i] = q_sh[h, i]
                 for h in T.Parallel(queries):
                     if h < block_q and query0 + h < n_queries:
-                        lse[row, query0 + h] = (T.log2(norm[h]) + m[h]) * LN2
+                        lse[row, (query0 // q_len) + h // q_len, h % q_len] = (T.log2(norm[h]) + m[h]) * LN2
             else:
                 slot = 2 * worker + T.if_then_else(tile == 0, 1, 0)
                 for h, i in T.Parallel(block_q, span):

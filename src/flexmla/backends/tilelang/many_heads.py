@@ -76,6 +76,7 @@ def consume_half(
             T.fill(norm, 0)
             T.fill(m, LEAST)
             T.mbarrier_wait_parity(q_full, seg & 1)
+            T.fence_proxy_async()
             for j in T.serial(count):
                 stage = step % stages
                 first = (begin // block_n + tile + j) * block_n
@@ -93,7 +94,7 @@ def consume_half(
                         unseen = causal * (q_len - 1 - h % q_len)
                         s[h, i] = T.if_then_else(T.And(i >= low, i < high - unseen), s[h, i], -T.infinity(f32))
                     if not gathered:
-                        # what lies outside the row may be NaN, and 0 * NaN is NaN; each warpgroup clears its own columns
+                        # what lies outside the row may be NaN, and 0 * NaN is NaN; each clears its own columns
                         for i, c in T.Parallel(block_n, span):
                             if T.Or(i < low, i >= high) and c < width:
                                 ckv_sh[stage, i, col0 + c] = 0
@@ -128,11 +129,11 @@ def consume_half(
             if count == tiles:
                 for h, i in T.Parallel(block_q, span):
                     if query0 + h < n_queries and i < width:
-                        out[row, (query0 + h) % q_len, (query0 + h) // q_len, col0 + i] = q_sh[h, col0 + i]
+                        out[row, h % q_len, (query0 // q_len) + h // q_len, col0 + i] = q_sh[h, col0 + i]
                 if side == 0:
                     for h in T.Parallel(queries):
                         if h < block_q and query0 + h < n_queries:
-                            lse[row, query0 + h] = (T.log2(norm[h]) + m[h]) * LN2
+                            lse[row, (query0 // q_len) + h // q_len, h % q_len] = (T.log2(norm[h]) + m[h]) * LN2
             else:
                 slot = 2 * worker + T.if_then_else(tile == 0, 1, 0)
                 for h, i in T.Parallel(block_q, span):

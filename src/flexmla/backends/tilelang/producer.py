@@ -9,13 +9,15 @@ import tilelang.language as T
 
 from .schedule import row_span
 
+TOGETHER = 8  # copies of a lane that are written out side by side, so that their latencies overlap
+
 
 class Caches(NamedTuple):
     """The caches, what finds a token in them, and the ring of stages they are loaded into.
 
     Attributes:
         ckv: `[n_pages, page_size, dv]`; the rows of contiguous caches count as pages.
-        kpe: `[n_pages, page_size, n_rope_heads * d_pe]`, by TMA; `[n_pages, page_size, n_rope_heads, d_pe]`, gathered.
+        kpe: `[n_pages, page_size, n_rope_heads, d_pe]`, or several keys as `[n_pages, page_size, n_rope_heads * d_pe]`.
         block_table: int32 `[batch, max_pages]`, a stand-in where `paged` is not.
         log_page: two's logarithm of page_size.
         paged: whether block_table is looked at.
@@ -65,12 +67,20 @@ def stream_tiles(caches, rows, stages, row: T.Ref, tile: T.Ref, left: T.Ref):
                 slot = slot & (T.shift_left(1, caches.log_page) - 1)
             T.mbarrier_wait_parity(caches.empty[stage], ((step // stages) & 1) ^ 1)
             if rope > 0:
-                T.tma_copy(
-                    caches.kpe[page, slot : slot + block_n, column : column + rope],
-                    caches.kpe_sh[stage, :, :],
-                    barrier=caches.full[stage],
-                    leader_scope_threads=32,
-                )
+                if len(caches.kpe.shape) == 4:
+                    T.tma_copy(
+                        caches.kpe[page, slot : slot + block_n, 0, 0:rope],
+                        caches.kpe_sh[stage, :, :],
+                        barrier=caches.full[stage],
+                        leader_scope_threads=32,
+                    )
+                else:
+                    T.tma_copy(
+                        caches.kpe[page, slot : slot + block_n, column : column + rope],
+                        caches.kpe_sh[stage, :, :],
+                        barrier=caches.full[stage],
+                        leader_scope_threads=32,
+                    )
             T.tma_copy(
                 caches.ckv[page, slot : slot + block_n, :],
                 caches.ckv_sh[stage, :, :],
@@ -85,15 +95,13 @@ def stream_tiles(caches, rows, stages, row: T.Ref, tile: T.Ref, left: T.Ref):
 
 
 @T.macro
-def gather_tiles(caches, rows, stages, vector, dv, n_rope_heads, lane, row: T.Ref, tile: T.Ref, left: T.Ref):
-    """As `stream_tiles`, a token at a time, with zeros for the slots that are not visible.
+def gather_tiles(caches, rows, stages, vector, dv, warps, warp, lane, row: T.Ref, tile: T.Ref, left: T.Ref):
+    """As `stream_tiles`, by `warps` warps and a token at a time, with zeros for the slots that are not visible.
 
     A lane copies `vector` elements at once: 8 by cp.async, where everything is aligned to 16 bytes, or 1. A page
     number that is none reads nothing.
     """
     block_n, rope = rows.block_n, caches.rope
-    lanes = 32 * vector
-    per_key = max(caches.d_pe, 1)
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -120,41 +128,15 @@ def gather_tiles(caches, rows, stages, vector, dv, n_rope_heads, lane, row: T.Re
                         pages[half] = -1
             T.mbarrier_wait_parity(caches.empty[stage], ((step // stages) & 1) ^ 1)
             for half in T.unroll(2):
-                for i in T.serial(32):
-                    page = T.shfl_sync(pages[half], i)
-                    slot = (first + half * 32 + i) & mask
-                    for u in T.unroll(-(-dv // lanes)):
-                        column = u * lanes + lane * vector
-                        if column < dv:
-                            if vector > 1:
-                                T.ptx_cp_async(
-                                    T.access_ptr(caches.ckv_sh[stage, half * 32 + i, column], "w", vector),
-                                    T.access_ptr(caches.ckv[page, slot, column], "r", vector),
-                                    vector,
-                                    page >= 0,
-                                )
-                            else:
-                                caches.ckv_sh[stage, half * 32 + i, column] = T.if_then_else(
-                                    page >= 0, caches.ckv[page, slot, column], 0
-                                )
-                    if rope > 0:
-                        for u in T.unroll(-(-rope // lanes)):
-                            column = u * lanes + lane * vector
-                            key = caches.rope_head0 + column // per_key
-                            if column < rope:
-                                if vector > 1:
-                                    T.ptx_cp_async(
-                                        T.access_ptr(caches.kpe_sh[stage, half * 32 + i, column], "w", vector),
-                                        T.access_ptr(caches.kpe[page, slot, key, column % per_key], "r", vector),
-                                        vector,
-                                        T.And(page >= 0, key < n_rope_heads),
-                                    )
-                                else:
-                                    caches.kpe_sh[stage, half * 32 + i, column] = T.if_then_else(
-                                        T.And(page >= 0, key < n_rope_heads),
-                                        caches.kpe[page, slot, key, column % per_key],
-                                        0,
-                                    )
+                gather_part(
+                    caches.ckv, caches.ckv_sh, pages[half], first, mask, half, stage, vector, dv, dv, 0, warps, warp,
+                    lane,
+                )  # fmt: skip
+                if rope > 0:
+                    gather_part(
+                        caches.kpe, caches.kpe_sh, pages[half], first, mask, half, stage, vector, rope, caches.d_pe,
+                        caches.rope_head0, warps, warp, lane,
+                    )  # fmt: skip
             if vector > 1:
                 T.cp_async_barrier_noinc(caches.full[stage])
             T.mbarrier_arrive(caches.full[stage])
@@ -165,11 +147,52 @@ def gather_tiles(caches, rows, stages, vector, dv, n_rope_heads, lane, row: T.Re
 
 
 @T.macro
+def gather_part(cache, tile_sh, my_page, first, mask, half, stage, vector, width, per_key, key0, warps, warp, lane):
+    """Copies rows of `width` elements of 32 tokens, a lane `vector` elements at once; lane i knows token i's page."""
+    page = T.alloc_var(T.int32)
+    together = min(TOGETHER, width // vector)
+    begin = (warp + half) % warps  # the warps take turns, and another begins each half
+    for some in T.serial(T.ceildiv(width // vector // together - begin, warps)):
+        for i in T.unroll(together):
+            place = (((some * warps + begin) * together + i) * 32 + lane) * vector
+            token = place // width
+            column = place % width
+            page = T.shfl_sync(my_page, token)
+            slot = (first + half * 32 + token) & mask
+            if len(cache.shape) == 3:
+                if vector > 1:
+                    T.ptx_cp_async(
+                        T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
+                        T.access_ptr(cache[page, slot, column], "r", vector),
+                        vector,
+                        page >= 0,
+                    )
+                else:
+                    tile_sh[stage, half * 32 + token, column] = T.if_then_else(page >= 0, cache[page, slot, column], 0)
+            else:
+                key = key0 + column // per_key
+                there = T.And(page >= 0, key < cache.shape[2])
+                if vector > 1:
+                    T.ptx_cp_async(
+                        T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
+                        T.access_ptr(cache[page, slot, key, column % per_key], "r", vector),
+                        vector,
+                        there,
+                    )
+                else:
+                    tile_sh[stage, half * 32 + token, column] = T.if_then_else(
+                        there, cache[page, slot, key, column % per_key], 0
+                    )
+
+
+@T.macro
 def fetch_queries(
-    q_nope, q_pe, q_sh, q_rope_sh, rows, n_queries, block_q, queries, q_len, rep, d_pe, rope, query0,
-    q_full, q_empty, row: T.Ref, tile: T.Ref, left: T.Ref,
+    q_nope, q_pe, q_sh, q_rope_sh, rows, n_heads, block_q, queries, q_len, rep, d_pe, rope, head0, q_full, q_empty,
+    lane, row: T.Ref, tile: T.Ref, left: T.Ref,
 ):  # fmt: skip
     """A warp loads each row's queries; the rotary part stays zero where a query and a key of the tile do not match."""
+    dv = q_sh.shape[1]
+    copied = q_len > 1 or rope > 0  # besides what the TMA unit does
     if rope > 0:
         for h, c in T.Parallel(queries, rope):
             q_rope_sh[h, c] = 0
@@ -185,13 +208,34 @@ def fetch_queries(
         count = T.min(tiles - tile, left)
         if count > 0:
             T.mbarrier_wait_parity(q_empty, (seg & 1) ^ 1)
-            T.tma_copy(q_nope[row, query0 : query0 + queries, :], q_sh, barrier=q_full, leader_scope_threads=32)
+            if q_len == 1:
+                T.tma_copy(q_nope[row, 0, head0 : head0 + queries, :], q_sh, barrier=q_full, leader_scope_threads=32)
+            else:
+                for some in T.serial(queries * dv // (256 * 4)):
+                    for u in T.unroll(4):
+                        place = ((some * 4 + u) * 32 + lane) * 8
+                        query = place // dv
+                        head = head0 + query // q_len
+                        T.ptx_cp_async(
+                            T.access_ptr(q_sh[query, place % dv], "w", 8),
+                            T.access_ptr(q_nope[row, query % q_len, head, place % dv], "r", 8),
+                            8,
+                            T.And(query < block_q, head < n_heads),
+                        )
             if rope > 0:
-                for h, c in T.Parallel(block_q, d_pe):
-                    if query0 + h < n_queries:
-                        key = (query0 + h) // (q_len * rep) - query0 // (q_len * rep)
-                        q_rope_sh[h, key * d_pe + c] = q_pe[row, query0 + h, c]
-                T.fence_proxy_async()
+                for some in T.serial(-(-block_q * d_pe // 256)):
+                    place = (some * 32 + lane) * 8
+                    query = place // d_pe
+                    head = head0 + query // q_len
+                    if query < block_q and head < n_heads:
+                        key = head // rep - head0 // rep
+                        T.ptx_cp_async(
+                            T.access_ptr(q_rope_sh[query, key * d_pe + place % d_pe], "w", 8),
+                            T.access_ptr(q_pe[row, query % q_len, head, place % d_pe], "r", 8),
+                            8,
+                        )
+            if copied:
+                T.cp_async_barrier_noinc(q_full)
             T.mbarrier_arrive(q_full)
             seg += 1
         left -= count
