@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -149,10 +150,12 @@ class Chat:
         """Logits after each answer token fed alone on top of the prompt's cache, float32 `[tokens, vocabulary]`."""
         ids = dialogue.ids[None].to(self.model.device)
         cache = self.model(ids[:, : len(dialogue.prompt)], use_cache=True).past_key_values
+        # transformers 5.24 renamed the argument
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         steps = range(len(dialogue.prompt), ids.shape[1])
         logits = []
         for i in self.progress.track(steps, description=label):
-            logits.append(self.model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1].float())
+            logits.append(self.model(ids[:, i : i + 1], **{name: cache}).logits[0, -1].float())
         return torch.stack(logits)
 
 

@@ -81,6 +81,16 @@ def test_caches_hold_latents_and_rotary_keys(converted, ids):
         assert layer.values.shape == (2, 1, 12 + NEW - 1, 3 * 8)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_layer_takes_its_cache_by_either_name(converted, name):
+    """transformers 5.24 renamed the argument; a cache under a name that goes unread would be left empty."""
+    layer, cache = converted.model.layers[0].self_attn, transformers.DynamicCache()
+    hidden, positions = torch.randn(1, 3, 96), torch.arange(3)[None]
+    layer(hidden, position_embeddings=converted.model.rotary_emb(hidden, positions), **{name: cache})
+    assert cache.get_seq_length() == 3
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_left_padded_batch_equals_single_rows(converted, ids, decoded, cache):
     rows = [ids[0], ids[1, :5], ids[1, 4:11]]

@@ -84,6 +84,8 @@ class MLAAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -94,7 +96,8 @@ class MLAAttention(nn.Module):
             position_embeddings: cos and sin, `[batch or 1, q_len, head_dim]`.
             attention_mask: `[batch, 1, q_len, kv_len]`, bool (True: look) or additive; None: causal from the first
                 slot, or for a single token everything in the cache.
-            past_key_values: any cache of transformers that keeps every token; None: no cache.
+            cache: any cache of transformers that keeps every token; None: no cache.
+            past_key_values: the cache, as transformers before 5.24 passes it.
 
         Returns:
             `[batch, q_len, hidden]` and None (attention weights are never formed).
@@ -115,15 +118,16 @@ class MLAAttention(nn.Module):
         q_pe, k_pe = self._rotate(q_pe, k_pe.unflatten(-1, (self.n_kv_heads, self.d_pe)), position_embeddings)
 
         past: int | Tensor = 0
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-            past = past_key_values.get_seq_length(self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            self._check_cache(cache)
+            past = cache.get_seq_length(self.layer_idx)
             if isinstance(past, Tensor):
                 past = past.clone()  # a static cache counts in place
-            keys, values = past_key_values.update(latent[:, None], k_pe.flatten(2)[:, None], self.layer_idx)
+            keys, values = cache.update(latent[:, None], k_pe.flatten(2)[:, None], self.layer_idx)
         # The count of a static cache stays on its device, but for several tokens no mask means that none precede them.
         is_first = past == 0 if isinstance(past, int) else attention_mask is None and q_len > 1
-        if past_key_values is not None and not (is_first and attention_mask is None):
+        if cache is not None and not (is_first and attention_mask is None):
             latent, k_pe = keys[:, 0], values[:, 0].unflatten(-1, (self.n_kv_heads, self.d_pe))
 
         absorbed = self.decode_mode == "absorbed" and not is_first and q_len <= MAX_DECODE_QUERIES
