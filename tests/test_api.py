@@ -104,10 +104,13 @@ def test_the_default_length_is_the_whole_cache():
         (call(score_scale=torch.ones(2, 11, 2)), r"score_scale must be .* = \(2, 12, 2\), got \(2, 11, 2\)"),
         (call(score_scale=torch.ones(2, 12, 4)), "last dimension that is n_rope_heads 2, got 4"),
         (call(q_pe=None, kpe_cache=None, score_scale=torch.ones(2, 12, 3)), "that divides n_heads 4, got 3"),
-        (call(softmax_scale=float("inf")), "softmax_scale must be finite, got inf"),
-        (call(softmax_scale=float("nan")), "softmax_scale must be finite, got nan"),
-        (call(softcap=-1.0), "softcap must be 0 .* or positive and finite, got -1.0"),
-        (call(softcap=float("nan")), "softcap must be 0 .* or positive and finite, got nan"),
+        (call(softmax_scale=float("inf")), "softmax_scale must be finite in float32, got inf"),
+        (call(softmax_scale=float("nan")), "softmax_scale must be finite in float32, got nan"),
+        (call(softcap=-1.0), "softcap must be 0 .* or positive and finite in float32, got -1.0"),
+        (call(softmax_scale=1e39), r"softmax_scale must be finite in float32, got 1e\+39"),
+        (call(softmax_scale=-(10**400)), "softmax_scale must be finite in float32, got -1000"),
+        (call(softcap=float("nan")), "softcap must be 0 .* or positive and finite in float32, got nan"),
+        (call(softcap=1e39), r"softcap must be 0 .* or positive and finite in float32, got 1e\+39"),
         (call(backend="triton"), "backend must be 'auto', 'tilelang' or 'torch', got 'triton'"),
         (call(out=torch.zeros(BATCH, Q_LEN, N_HEADS, 8)), r"out must be .* = \(2, 3, 4, 16\), got \(2, 3, 4, 8\)"),
         (call(lse=torch.zeros(BATCH, Q_LEN, N_HEADS)), r"lse must be .* = \(2, 4, 3\), got \(2, 3, 4\)"),
@@ -257,6 +260,8 @@ def test_results_may_lie_between_the_inputs_of_one_buffer():
 
 
 def overlapping():
+    itself = torch.zeros(BATCH, Q_LEN, N_HEADS, DV)
+    yield "out", "q_nope", {"q_nope": itself, "out": itself}
     query = torch.zeros(BATCH, Q_LEN, N_HEADS, DV + 8)
     yield "out", "q_nope", {"q_nope": query[..., :DV], "out": query[..., :DV]}
     yield "out", "q_nope", {"q_nope": query[..., :DV], "out": query[..., 8:]}
@@ -332,6 +337,20 @@ def test_a_plan_without_rope_takes_any_number_of_rope_heads(n_rope_heads):
 def test_a_plan_for_another_call(changes, name):
     with pytest.raises(ValueError, match=f"plan .*{name}"):
         decode(call(plan=planned(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": None}, "device must be a torch.device, a str or a DeviceRecord, got NoneType"),
+        ({"device": 3.5}, "device must be a torch.device, a str or a DeviceRecord, got float"),
+        ({"batch": True}, "batch must be an int, got bool"),
+        ({"page_size": True}, "page_size must be an int, got bool"),
+    ],
+)
+def test_wrong_types_for_a_plan(changes, message):
+    with pytest.raises(TypeError, match=message):
+        planned(**changes)
 
 
 def test_a_plan_for_another_backend_than_the_named_one():

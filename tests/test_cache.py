@@ -433,6 +433,9 @@ def test_bad_slots(slots, error, message):
         ({"page_size": 512}, ValueError, "page_size must be a power of two from 1 to 256, got 512"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1, got 0"),
         ({"dtype": torch.float64}, TypeError, "dtype must be torch.float16 or .*, got torch.float64"),
+        ({"device": "gpu!"}, ValueError, "device must be a PyTorch device such as cpu or cuda:0, got 'gpu!'"),
+        ({"device": "cuda:99"}, ValueError, "device must be one that PyTorch finds .*, got 'cuda:99'"),
+        ({"device": None}, TypeError, "device must be a torch.device, a str or a DeviceRecord, got NoneType"),
     ],
 )
 def test_bad_caches(change, error, message):

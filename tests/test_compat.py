@@ -118,6 +118,19 @@ def test_what_is_lacking_is_named(name):
         ({"k_cache": torch.zeros(3, 16, 2, 40)}, ValueError, r"k_cache must be .*1, 40\], got \(3, 16, 2, 40\)"),
         ({"head_dim_v": 41}, ValueError, "head_dim_v must be from 1 to head_dim 40, got 41"),
         ({"head_dim_v": 0}, ValueError, "head_dim_v must be from 1 to head_dim 40, got 0"),
+        ({"q": torch.zeros(5, 1, 4, 40).double()}, TypeError, "q must be torch.float16 or .*, got torch.float64"),
+        ({"q": torch.zeros(5, 1, 0, 40)}, ValueError, r"q must be .* with no empty part, got \(5, 1, 0, 40\)"),
+        ({"q": torch.zeros(5, 1, 4, 80)[..., ::2]}, ValueError, "q must have a contiguous last dimension"),
+        ({"q": torch.zeros(5, 1, 4, 40, requires_grad=True)}, RuntimeError, "q requires grad"),
+        ({"k_cache": torch.zeros(3, 16, 40)}, ValueError, r"k_cache must be .*1, 40\], got \(3, 16, 40\)"),
+        ({"k_cache": torch.zeros(3, 0, 1, 40)}, ValueError, "k_cache must have a page_size of at least 1, got 0"),
+        ({"k_cache": torch.zeros(3, 16, 1, 40).half()}, TypeError, "k_cache must be torch.float32, got torch.float16"),
+        ({"k_cache": torch.zeros(3, 16, 1, 40, device="meta")}, ValueError, "k_cache must be on q's device cpu, got"),
+        ({"k_cache": torch.zeros(3, 16, 1, 40, requires_grad=True)}, RuntimeError, "k_cache requires grad"),
+        ({"cache_seqlens": torch.zeros(5).long()}, TypeError, "cache_seqlens must be torch.int32, got torch.int64"),
+        ({"cache_seqlens": torch.zeros(4).int()}, ValueError, r"cache_seqlens must be \[batch\] = \(5,\), got \(4,\)"),
+        ({"block_table": torch.zeros(5, 3)}, TypeError, "block_table must be torch.int32, got torch.float32"),
+        ({"block_table": torch.zeros(4, 3).int()}, ValueError, r"block_table must be .* = \(5, 3\), got \(4, 3\)"),
     ],
 )
 def test_bad_input_is_named(change, error, sentence):
@@ -125,5 +138,18 @@ def test_bad_input_is_named(change, error, sentence):
     call = {"q": q, "k_cache": k_cache, "block_table": table, "cache_seqlens": lens, "head_dim_v": 32}
     with pytest.raises(error, match=sentence):
         flash_mla_with_kvcache(**{**call, **change})
-    with pytest.raises(ValueError, match="num_heads_k must be 1"):
-        get_mla_metadata(lens, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ((torch.zeros(3).int(), 4, 2), ValueError, "num_heads_k must be 1"),
+        (([3, 4], 4, 1), TypeError, "cache_seqlens must be a tensor, got list"),
+        ((torch.zeros(3), 4, 1), TypeError, "cache_seqlens must be torch.int32, got torch.float32"),
+        ((torch.zeros(3, 4).int(), 4, 1), ValueError, r"cache_seqlens must be \[batch\], got \(3, 4\)"),
+        ((torch.tensor(3).int(), 4, 1), ValueError, r"cache_seqlens must be \[batch\], got \(\)"),
+    ],
+)
+def test_bad_metadata_input_is_named(arguments, error, sentence):
+    with pytest.raises(error, match=sentence):
+        get_mla_metadata(*arguments)

@@ -72,19 +72,26 @@ def test_compiles_whole_with_dynamic_shapes(backend, paged):
             arguments = inputs(batch, max_len)
             for a, b in zip(compiled(*arguments), step(*arguments), strict=True):
                 assert torch.equal(a, b)
-    out = torch.empty(9, 1, 8, 64)
-    with torch.no_grad():
-        assert compiled(*arguments, out=out)[0] is out
-        assert torch.equal(out, step(*arguments)[0])
+    for out in (torch.empty(9, 1, 8, 64), torch.empty(9, 1, 8, 80)[..., :64]):
+        with torch.no_grad():
+            assert compiled(*arguments, out=out)[0] is out
+            assert torch.equal(out, step(*arguments)[0])
 
 
-def test_compiles_with_a_plan():
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rope", [False, True])
+def test_compiles_with_a_plan(rope, dynamic):
     torch._dynamo.reset()
-    q, ckv = torch.randn(2, 1, 8, 64), torch.randn(2, 16, 64)
-    made = flexmla.plan(MLAShape(8, 1, 64, 0), 4, 64, dtype=torch.float32, device="cpu")
-    compiled = torch.compile(lambda q, ckv: mla_decode(q, None, ckv, None, plan=made), fullgraph=True, backend="eager")
-    for a, b in zip(compiled(q, ckv), mla_decode(q, None, ckv, None), strict=True):
-        assert torch.equal(a, b)
+    made = flexmla.plan(MLAShape(8, 2 if rope else 1, 64, 16 if rope else 0), 9, 64, dtype=torch.float32, device="cpu")
+    compiled = torch.compile(
+        lambda *tensors: mla_decode(*tensors, plan=made), fullgraph=True, dynamic=dynamic, backend="eager"
+    )
+    for batch, max_len in ((3, 20), (5, 33)):
+        q_pe = torch.randn(batch, 1, 8, 16) if rope else None
+        kpe = torch.randn(batch, max_len, 2, 16) if rope else None
+        tensors = torch.randn(batch, 1, 8, 64), q_pe, torch.randn(batch, max_len, 64), kpe
+        for a, b in zip(compiled(*tensors), mla_decode(*tensors), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_value_errors_keep_their_type_and_sentence_through_the_operator():

@@ -10,10 +10,10 @@ from .backends.choice import NAMES
 from .plan import DecodePlan, device_record
 from .shape import MLAShape
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_INDEX = (torch.int32,)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INDEX = (torch.int32,)
 _FLOAT32 = (torch.float32,)
-_INF = float("inf")
+_MAX = torch.finfo(torch.float32).max  # the backends compute in float32
 
 
 def mla_decode(
@@ -66,7 +66,8 @@ def mla_decode(
             multiplier a token and head group; g' divides n_heads and is n_rope_heads where d_pe > 0.
         out: `[batch, q_len, n_heads, W or dv]`, q_nope's dtype, to be written; apart from every input.
         lse: float32 `[batch, n_heads, q_len]`, to be written; apart from every input.
-        plan: what `flexmla.plan` returned; exact in shape, dtype, device and q_len, upper bounds in batch and max_len.
+        plan: what `flexmla.plan` returned; exact in shape, page_size, dtype, device (under torch.compile not compared)
+            and q_len, upper bounds in batch and max_len.
         backend: "auto", "tilelang" or "torch". "auto" takes TileLang on compute capability 9.0 where it is installed
             and takes the combination, else torch.
 
@@ -88,7 +89,7 @@ def mla_decode(
         raise ValueError(f"q_nope must be [batch, q_len, n_heads, dv] with no empty part, got {tuple(q_nope.shape)}")
     batch, q_len, n_heads, dv = q_nope.shape
     device = q_nope.device
-    _check("q_nope", q_nope, "", q_nope.shape, _DTYPES, device)
+    check_tensor("q_nope", q_nope, "", q_nope.shape, DTYPES, device)
     dtypes = (q_nope.dtype,)
 
     if not isinstance(ckv_cache, Tensor) or ckv_cache.dim() != 3:
@@ -96,15 +97,15 @@ def mla_decode(
     slots, slot_len, _ = ckv_cache.shape
     if block_table is None:
         layout, page_size, max_len = "[batch, max_len, ", None, slot_len
-        _check("ckv_cache", ckv_cache, "[batch, max_len, dv]", (batch, slot_len, dv), dtypes, device)
+        check_tensor("ckv_cache", ckv_cache, "[batch, max_len, dv]", (batch, slot_len, dv), dtypes, device)
     else:
         layout, page_size = "[n_pages, page_size, ", slot_len
-        _check("ckv_cache", ckv_cache, "[n_pages, page_size, dv]", (slots, slot_len, dv), dtypes, device)
+        check_tensor("ckv_cache", ckv_cache, "[n_pages, page_size, dv]", (slots, slot_len, dv), dtypes, device)
         if slot_len == 0:
             raise ValueError("ckv_cache must have a page_size of at least 1, got 0")
         if not isinstance(block_table, Tensor) or block_table.dim() != 2:
             raise _rank_error("block_table", block_table, "[batch, max_pages]")
-        _check("block_table", block_table, "[batch, max_pages]", (batch, block_table.shape[1]), _INDEX, device)
+        check_tensor("block_table", block_table, "[batch, max_pages]", (batch, block_table.shape[1]), INDEX, device)
         if seq_lens is None:
             raise ValueError("seq_lens must be given for a paged cache (block_table), got None")
         max_len = block_table.shape[1] * slot_len
@@ -121,28 +122,28 @@ def mla_decode(
         d_pe, groups = q_pe.shape[3], kpe_cache.shape[2]
         if d_pe == 0:
             raise ValueError("q_pe must be None where d_pe is 0, got a tensor of width 0")
-        _check("q_pe", q_pe, "[batch, q_len, n_heads, d_pe]", (batch, q_len, n_heads, d_pe), dtypes, device)
+        check_tensor("q_pe", q_pe, "[batch, q_len, n_heads, d_pe]", (batch, q_len, n_heads, d_pe), dtypes, device)
         expected = (slots, slot_len, groups, d_pe)
-        _check("kpe_cache", kpe_cache, layout + "n_rope_heads, d_pe]", expected, dtypes, device)
+        check_tensor("kpe_cache", kpe_cache, layout + "n_rope_heads, d_pe]", expected, dtypes, device)
         if groups == 0 or n_heads % groups:
             raise ValueError(f"kpe_cache must have n_rope_heads that divide n_heads {n_heads}, got {groups}")
 
     if seq_lens is not None:
-        _check("seq_lens", seq_lens, "[batch]", (batch,), _INDEX, device)
+        check_tensor("seq_lens", seq_lens, "[batch]", (batch,), INDEX, device)
     if starts is not None:
-        _check("starts", starts, "[batch]", (batch,), _INDEX, device)
+        check_tensor("starts", starts, "[batch]", (batch,), INDEX, device)
     width = dv
     if v_cache is not None:
         if not isinstance(v_cache, Tensor) or v_cache.dim() != 3 or v_cache.shape[2] == 0:
             raise _rank_error("v_cache", v_cache, layout + "W]")
         width = v_cache.shape[2]
-        _check("v_cache", v_cache, layout + "W]", (slots, slot_len, width), dtypes, device)
+        check_tensor("v_cache", v_cache, layout + "W]", (slots, slot_len, width), dtypes, device)
     if score_scale is not None:
         if not isinstance(score_scale, Tensor) or score_scale.dim() != 3:
             raise _rank_error("score_scale", score_scale, layout + "g']")
         share = score_scale.shape[2]
         kinds = _FLOAT32 if dtypes == _FLOAT32 else _FLOAT32 + dtypes
-        _check("score_scale", score_scale, layout + "g']", (slots, slot_len, share), kinds, device)
+        check_tensor("score_scale", score_scale, layout + "g']", (slots, slot_len, share), kinds, device)
         if share == 0 or n_heads % share or (groups is not None and share != groups):
             accepted = f"divides n_heads {n_heads}" if groups is None else f"is n_rope_heads {groups}"
             raise ValueError(f"score_scale must have a last dimension that {accepted}, got {share}")
@@ -151,14 +152,14 @@ def mla_decode(
         softmax_scale = (dv + d_pe) ** -0.5
     elif not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a float, got {type(softmax_scale).__name__}")
-    elif not -_INF < softmax_scale < _INF:
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    elif not -_MAX <= softmax_scale <= _MAX:
+        raise ValueError(f"softmax_scale must be finite in float32, got {softmax_scale}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
-    if not 0 <= softcap < _INF:
-        raise ValueError(f"softcap must be 0 (none) or positive and finite, got {softcap}")
+    if not 0 <= softcap <= _MAX:
+        raise ValueError(f"softcap must be 0 (none) or positive and finite in float32, got {softcap}")
     if torch.is_grad_enabled():
         tensors = {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
         tensors |= {"v_cache": v_cache, "score_scale": score_scale, "out": out, "lse": lse}
@@ -172,9 +173,21 @@ def mla_decode(
     if plan is not None:
         if not isinstance(plan, DecodePlan):
             raise TypeError(f"plan must be a DecodePlan (flexmla.plan makes one), got {type(plan).__name__}")
-        rope_heads = plan.shape.n_rope_heads if groups is None else groups
-        shape = MLAShape(n_heads, rope_heads, dv, d_pe, None if v_cache is None else width)
-        plan.check(shape, batch, max_len, q_len, page_size, q_nope.dtype, device_record(device))
+        shape = plan.shape
+        rope_heads = shape.n_rope_heads if groups is None else groups
+        v_width = None if v_cache is None else width
+        # Number by number: making a shape takes long, and torch.compile compares nothing that holds symbolic sizes.
+        if (
+            n_heads != shape.n_heads
+            or rope_heads != shape.n_rope_heads
+            or dv != shape.dv
+            or d_pe != shape.d_pe
+            or v_width != shape.v_width
+        ):
+            shape = MLAShape(n_heads, rope_heads, dv, d_pe, v_width)
+        # torch.compile cannot look at a GPU; a plan for another one costs speed there, not correctness.
+        record = plan.device if torch.compiler.is_compiling() else device_record(device)
+        plan.check(shape, batch, max_len, q_len, page_size, q_nope.dtype, record)
         if backend not in ("auto", plan.backend):
             raise ValueError(f"plan must be for the named backend {backend!r}, got one for {plan.backend!r}")
         tiling = plan.tiling
@@ -188,24 +201,31 @@ def mla_decode(
     if out is None:
         out = q_nope.new_empty((batch, q_len, n_heads, width))
     else:
-        _check("out", out, "[batch, q_len, n_heads, W or dv]", (batch, q_len, n_heads, width), dtypes, device)
+        check_tensor("out", out, "[batch, q_len, n_heads, W or dv]", (batch, q_len, n_heads, width), dtypes, device)
     if lse is None:
         lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
     else:
-        _check("lse", lse, "[batch, n_heads, q_len]", (batch, n_heads, q_len), _FLOAT32, device)
-    ops.mla_decode_out(*inputs, softmax_scale, softcap, causal, backend, tiling, out=out, lse=lse)
+        check_tensor("lse", lse, "[batch, n_heads, q_len]", (batch, n_heads, q_len), _FLOAT32, device)
+    ops.mla_decode_out(*inputs, softmax_scale, softcap, causal, backend, tiling, out, lse)
     return out, lse
 
 
-def _check(
+def check_tensor(
     name: str,
     tensor: Tensor,
     layout: str,
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
+    owner: str = "q_nope",
 ) -> None:
-    """Raises where `tensor` is not a `shape` tensor of one of `dtypes` on `device` with a contiguous last dimension."""
+    """Raises where `tensor` is not a `shape` tensor of one of `dtypes` on `device` with a contiguous last dimension.
+
+    Args:
+        name: what the caller knows the tensor as.
+        layout: the names of `shape`'s dimensions, for people.
+        owner: the argument whose device `device` is.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -213,7 +233,7 @@ def _check(
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {layout} = {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on q_nope's device {device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on {owner}'s device {device}, got {tensor.device}")
     if tensor.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(f"{name} must have a contiguous last dimension (stride 1), got strides {tensor.stride()}")
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .plan import device_record
 from .shape import MLAShape
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,6 +34,7 @@ class TokenRows:
     def __init__(self, shape: MLAShape, n_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be {_either(_DTYPES)}, got {dtype}")
+        device_record(device)  # which says in a sentence where there is no such device
         self.shape, self.n_slots, self.dtype = shape, n_slots, dtype
         self.rope_width = shape.n_rope_heads * shape.d_pe
         # An inference tensor could not be written to outside inference mode.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import mla_decode
+from .api import DTYPES, INDEX, check_tensor, mla_decode
 
 METADATA_WIDTH = 8  # int32 numbers that FlashMLA keeps a part
 
@@ -47,7 +47,7 @@ def get_mla_metadata(
         int32 `[1, 8]` and `[batch + 1]` on its device, all zeros.
 
     Raises:
-        ValueError: `num_heads_k` is not 1.
+        TypeError, ValueError: `cache_seqlens` is no int32 `[batch]` tensor; `num_heads_k` is not 1.
         NotImplementedError: fp8 caches or sparse attention are asked for.
     """
     _refuse(is_fp8_kvcache=is_fp8_kvcache, topk=topk)
@@ -55,6 +55,10 @@ def get_mla_metadata(
         raise ValueError(f"num_heads_k must be 1, as MLA has one latent a token, got {num_heads_k}")
     if cache_seqlens is None:
         return SchedulerMetadata(), None
+    _check_tensors(cache_seqlens=cache_seqlens)
+    if cache_seqlens.dim() != 1:
+        raise ValueError(f"cache_seqlens must be [batch], got {tuple(cache_seqlens.shape)}")
+    check_tensor("cache_seqlens", cache_seqlens, "[batch]", cache_seqlens.shape, INDEX, cache_seqlens.device)
     zeros = torch.zeros(METADATA_WIDTH + cache_seqlens.shape[0] + 1, dtype=torch.int32, device=cache_seqlens.device)
     return zeros[:METADATA_WIDTH].view(1, METADATA_WIDTH), zeros[METADATA_WIDTH:]
 
@@ -62,8 +66,8 @@ def get_mla_metadata(
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
-    block_table: Tensor | None,
-    cache_seqlens: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
     head_dim_v: int,
     tile_scheduler_metadata: object = None,
     num_splits: object = None,
@@ -115,15 +119,22 @@ def flash_mla_with_kvcache(
         topk_length=topk_length,
         extra_topk_length=extra_topk_length,
     )
-    tensors = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if q.dim() != 4:
-        raise ValueError(f"q must be [batch, q_len, n_heads, head_dim], got {tuple(q.shape)}")
+    _check_tensors(q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+    # What mla_decode would check too, with the names that its caller does not know.
+    if q.dim() != 4 or 0 in q.shape[1:]:
+        raise ValueError(f"q must be [batch, q_len, n_heads, head_dim] with no empty part, got {tuple(q.shape)}")
     head_dim = q.shape[3]
     if k_cache.dim() != 4 or k_cache.shape[2:] != (1, head_dim):
         raise ValueError(f"k_cache must be [n_pages, page_size, 1, {head_dim}], got {tuple(k_cache.shape)}")
+    if k_cache.shape[1] == 0:
+        raise ValueError("k_cache must have a page_size of at least 1, got 0")
+    check_tensor("q", q, "", q.shape, DTYPES, q.device)
+    check_tensor("k_cache", k_cache, "", k_cache.shape, (q.dtype,), q.device, "q")
+    check_tensor("block_table", block_table, "", block_table.shape, INDEX, q.device, "q")
+    check_tensor("cache_seqlens", cache_seqlens, "[batch]", (q.shape[0],), INDEX, q.device, "q")
+    for name, tensor in (("q", q), ("k_cache", k_cache)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires grad, but decoding is inference only: use torch.no_grad()")
     if not isinstance(head_dim_v, int) or not 0 < head_dim_v <= head_dim:
         raise ValueError(f"head_dim_v must be from 1 to head_dim {head_dim}, got {head_dim_v!r}")
     rotary = head_dim_v < head_dim
@@ -138,6 +149,13 @@ def flash_mla_with_kvcache(
         causal=causal,
     )
     return out, lse.masked_fill_(lse == -torch.inf, torch.inf)
+
+
+def _check_tensors(**arguments: object) -> None:
+    """Raises TypeError for the first argument that is no tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _refuse(**arguments: Any) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,8 @@ _INPUTS = (
 _library = torch.library.Library("flexmla", "DEF")
 _library.define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 # No aliased results: functionalization, and with it torch.compile, takes no custom operator that returns its arguments.
-_library.define(f"mla_decode.out({_ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()")
+# out and lse may be passed by position: torch.compile takes no strided `out=`, and keywords cost a microsecond a call.
+_library.define(f"mla_decode.out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
 
 
 def _run(
@@ -64,10 +66,7 @@ def _run(
         flags = (softcap > 0, score_scale is not None)
         sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
         name, tiling = choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
-        if name == "tilelang":
-            from .backends.tilelang import decode
-        else:
-            decode = decode_torch
+        decode = _decode_tilelang() if name == "tilelang" else decode_torch
     decode(
         q_nope,
         q_pe,
@@ -87,6 +86,14 @@ def _run(
     )
 
 
+@functools.cache
+def _decode_tilelang() -> Any:
+    """The TileLang backend, imported at its first call; an import statement costs a microsecond at each."""
+    from .backends.tilelang import decode
+
+    return decode
+
+
 def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:
     q_nope, v_cache = arguments[0], arguments[7]
     batch, q_len, n_heads, dv = q_nope.shape
@@ -100,28 +107,33 @@ def _functional(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _into(*arguments: Any, out: Tensor, lse: Tensor) -> None:
-    _refuse_overlap(arguments, out, lse)
-    _run(out, lse, *arguments)
+def _into(*arguments: Any) -> None:
+    *operands, out, lse = arguments
+    _refuse_overlap(operands, out, lse)
+    _run(out, lse, *operands)
 
 
 def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
     """Raises ValueError where writing `out` or `lse` could change an input, the other, or another element of itself."""
-    results = {"out": out, "lse": lse}
-    for name, result in results.items():
+    for name, result in (("out", out), ("lse", lse)):
         if not result.is_contiguous() and _overlaps_itself(result):
             raise ValueError(f"{name} must have memory of its own for every element, got strides {result.stride()}")
-    spans = [_footprint(result) for result in results.values()]
-    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
-    for other_name, other in (*zip(_INPUTS, inputs, strict=False), ("out", out)):
+    out_span, lse_span = _footprint(out), _footprint(lse)
+    out_start, out_end, lse_start, lse_end = *out_span[:2], *lse_span[:2]
+    for i, other in enumerate((*inputs[: len(_INPUTS)], out)):
         if other is None:
             continue
         start = other.data_ptr()
-        if start >= high or (other.is_contiguous() and start + other.nbytes <= low):
+        end = start + other.nbytes if other.is_contiguous() else _footprint(other)[1]
+        # Bounds first: nearly all calls end there, and this is on the way of every one.
+        if start < lse_end and lse_start < end and _overlap(lse_span, _footprint(other)):
+            name = "lse"
+        elif i < len(_INPUTS) and start < out_end and out_start < end and _overlap(out_span, _footprint(other)):
+            name = "out"
+        else:
             continue
-        for name, span in zip(results, spans, strict=True):
-            if name != other_name and _overlap(span, _footprint(other)):
-                raise ValueError(f"{name} must not overlap an input or the other result, got memory of {other_name}")
+        got = (*_INPUTS, "out")[i]
+        raise ValueError(f"{name} must not overlap an input or the other result, got memory of {got}")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -163,7 +175,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
     return not a[2] <= offset <= step - b[2]
 
 
-def _fake_into(*arguments: Any, out: Tensor, lse: Tensor) -> None:
+def _fake_into(*arguments: Any) -> None:
     """Allocates nothing: the results are the caller's."""
 
 

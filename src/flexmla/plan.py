@@ -75,7 +75,7 @@ class DecodePlan:
             ("dtype", self.dtype, dtype),
             ("device", self.device, device),
         ):
-            if planned != came:
+            if planned is not came and planned != came:
                 raise ValueError(f"plan was made for {name} {planned}, got {came}; call flexmla.plan for this {name}")
         for name, bound, size in (("batch", self.batch, batch), ("max_len", self.max_len, max_len)):
             if size > bound:
@@ -148,6 +148,9 @@ def device_record(device: torch.device | str | DeviceRecord) -> DeviceRecord:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be a PyTorch device such as cpu or cuda:0, got {device!r}") from error
+    except TypeError as error:
+        got = type(device).__name__
+        raise TypeError(f"device must be a torch.device, a str or a DeviceRecord, got {got}") from error
     if device.type != "cuda":
         return DeviceRecord((0, 0), 0, device.type)
     if device.index is None:
@@ -209,7 +212,7 @@ def plan(
         raise TypeError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype!r}")
     sizes = [("batch", batch, 0), ("max_len", max_len, 0), ("q_len", q_len, 1)]
     for name, value, least in sizes + ([] if page_size is None else [("page_size", page_size, 1)]):
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -72,9 +72,14 @@ def padded_queries(family: str, block_q: int) -> int:
     return 64 if family == "many_heads" else -(-block_q // 16) * 16
 
 
-def threads_per_cta(family: str) -> int:
-    """A consumer warpgroup and two producer warps; or two and a producer warpgroup that gives up its registers."""
-    return 384 if family == "many_heads" else 192
+def loader_warps(family: str, ctas_per_sm: int, gathered: bool) -> int:
+    """Warps that load tiles: one starts what the TMA unit copies; gathering takes three where registers allow it."""
+    return 3 if gathered and family == "few_heads" and ctas_per_sm == 1 else 1
+
+
+def threads_per_cta(family: str, loaders: int = 1) -> int:
+    """A consumer warpgroup and the producer warps; or two and a producer warpgroup that gives up its registers."""
+    return 384 if family == "many_heads" else 128 + 32 * (loaders + 1)
 
 
 def registers_per_thread(family: str, ctas_per_sm: int) -> int:

@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from ...tiling import padded_queries, rope_tile_width
+from ...tiling import loader_warps, padded_queries, rope_tile_width, threads_per_cta
 from . import few_heads, many_heads
 from .combine import combine
 from .few_heads import consume_few
@@ -41,12 +41,11 @@ def decode_program(shape, tiling, q_len, loader, dtype):
     groups = -(-n_heads // block_h)
     vector = {"gather": 8, "scalar": 1}.get(loader, 0)
     gathered, paged = vector > 0, loader != "contiguous"
-    # one warp starts copies that the TMA unit makes; gathering takes more, unless several CTAs of an SM have one each
-    loaders = 3 if gathered and not (few and ctas_per_sm > 1) else 1
+    loaders = loader_warps(tiling.family, ctas_per_sm, gathered)
     arrivals = 32 * loaders * (2 if vector > 1 else 1)  # at a full stage
     query_arrivals = 64 if q_len > 1 or d_pe else 32
     consumers = few_heads.CONSUMERS if few else many_heads.CONSUMERS
-    threads = consumers + (32 * (loaders + 1) if few else 128)
+    threads = threads_per_cta(tiling.family, loaders)
     warps = block_n // 16
     p_shape = (block_n, queries) if few else (1, 8)
     warp_shape = (warps, queries) if few else (1, 8)
