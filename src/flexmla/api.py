@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, repeats
 from .backends.choice import NAMES
 from .plan import DecodePlan, device_record
 from .shape import MLAShape
@@ -83,6 +83,16 @@ def mla_decode(
         ImportError: `backend="tilelang"` and TileLang is not installed.
         RuntimeError: an input requires grad under grad mode.
     """
+    signature = None
+    if not torch.compiler.is_compiling():
+        signature, launch = repeats.find(
+            (q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, out, lse, v_cache, score_scale),
+            (softmax_scale, softcap, causal, backend),
+            plan,
+        )
+        if launch is not None:
+            return launch(q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, out, lse)
+
     if not isinstance(q_nope, Tensor):
         raise TypeError(f"q_nope must be a tensor, got {type(q_nope).__name__}")
     if q_nope.dim() != 4 or 0 in q_nope.shape[1:]:
@@ -194,19 +204,23 @@ def mla_decode(
         if plan.backend == "torch":
             backend = "torch"
 
-    inputs = (q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale)
-    if out is None and lse is None:
-        out, lse = ops.mla_decode(*inputs, softmax_scale, softcap, causal, backend, tiling)
-        return out, lse
-    if out is None:
-        out = q_nope.new_empty((batch, q_len, n_heads, width))
-    else:
+    if out is not None:
         check_tensor("out", out, "[batch, q_len, n_heads, W or dv]", (batch, q_len, n_heads, width), dtypes, device)
-    if lse is None:
-        lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
-    else:
+    if lse is not None:
         check_tensor("lse", lse, "[batch, n_heads, q_len]", (batch, n_heads, q_len), _FLOAT32, device)
-    ops.mla_decode_out(*inputs, softmax_scale, softcap, causal, backend, tiling, out, lse)
+    inputs = (q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale)
+    operands = (*inputs, softmax_scale, softcap, causal, backend, tiling)
+    given = out, lse
+    if out is None and lse is None:
+        out, lse = ops.mla_decode(*operands)
+    else:
+        if out is None:
+            out = q_nope.new_empty((batch, q_len, n_heads, width))
+        if lse is None:
+            lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+        ops.mla_decode_out(*operands, out, lse)
+    if signature is not None:
+        repeats.remember(signature, ops.launcher(operands, *given), plan)
     return out, lse
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _INPUTS = (
     "q_nope", "q_pe", "ckv_cache", "kpe_cache", "seq_lens", "block_table", "starts", "v_cache", "score_scale"
 )  # fmt: skip
 
+Launcher = Callable[..., tuple[Tensor, Tensor]]
+
 # The registrations live exactly as long as this object.
 _library = torch.library.Library("flexmla", "DEF")
 _library.define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
@@ -34,9 +36,21 @@ _library.define(f"mla_decode({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _library.define(f"mla_decode.out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
 
 
-def _run(
-    out: Tensor,
-    lse: Tensor,
+def _run(out: Tensor, lse: Tensor, *operands: Any) -> None:
+    """Runs a call on the backend that suits it, writing into `out` and `lse`."""
+    q_nope, backend = operands[0], operands[12]
+    if q_nope.shape[0] == 0:
+        return
+    decode: Any = decode_torch
+    tiling: Sequence[int] = ()
+    if backend != "torch" and (backend == "tilelang" or q_nope.is_cuda):
+        name, tiling = _choose(*operands)
+        if name == "tilelang":
+            decode = _tilelang().decode
+    decode(*operands[:12], tiling, out, lse)
+
+
+def _choose(
     q_nope: Tensor,
     q_pe: Tensor | None,
     ckv_cache: Tensor,
@@ -51,47 +65,63 @@ def _run(
     causal: bool,
     backend: str,
     tiling: Sequence[int],
-) -> None:
-    """Runs a call on the backend that suits it, writing into `out` and `lse`."""
+) -> tuple[str, Sequence[int]]:
+    """Name of the backend that suits a call, and the tiling."""
     batch, q_len, n_heads, dv = q_nope.shape
-    if batch == 0:
-        return
-    if backend == "torch" or (backend == "auto" and not q_nope.is_cuda):
-        decode: Any = decode_torch
-    else:
-        page_size = 0 if block_table is None else ckv_cache.shape[1]
-        max_len = ckv_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
-        n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
-        v_width = None if v_cache is None else v_cache.shape[2]
-        flags = (softcap > 0, score_scale is not None)
-        sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
-        name, tiling = choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
-        decode = _decode_tilelang() if name == "tilelang" else decode_torch
-    decode(
-        q_nope,
-        q_pe,
-        ckv_cache,
-        kpe_cache,
-        seq_lens,
-        block_table,
-        starts,
-        v_cache,
-        score_scale,
-        softmax_scale,
-        softcap,
-        causal,
-        tiling,
-        out,
-        lse,
-    )
+    page_size = 0 if block_table is None else ckv_cache.shape[1]
+    max_len = ckv_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
+    max_len = -(-max_len // 64) * 64  # rounded, so that a cache that grows by a token is rarely new
+    n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
+    v_width = None if v_cache is None else v_cache.shape[2]
+    flags = (softcap > 0, score_scale is not None)
+    sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
+    return choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
 
 
 @functools.cache
-def _decode_tilelang() -> Any:
+def _tilelang() -> Any:
     """The TileLang backend, imported at its first call; an import statement costs a microsecond at each."""
-    from .backends.tilelang import decode
+    from .backends import tilelang
 
-    return decode
+    return tilelang
+
+
+def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) -> Launcher | None:
+    """What runs every call of the signature of this one (see `repeats`) without dispatch or choice.
+
+    Args:
+        operands: of the operator.
+        out, lse: as given to `flexmla.mla_decode`.
+
+    Returns:
+        A function of the seven tensors from `q_nope` to `starts`, `out` and `lse`, that returns both; None where such
+        calls have to go through the operator.
+    """
+    batch, q_len, n_heads, dv = operands[0].shape
+    if batch == 0 or operands[12] == "torch":
+        return None
+    name, tiling = _choose(*operands)
+    if name != "tilelang":
+        return None
+    softmax_scale, _, causal = operands[9:12]
+    launch = _tilelang().launcher(*operands[:7], softmax_scale, causal, tiling, out, lse)
+    if launch is None:
+        return None
+
+    def run(*tensors: Any) -> tuple[Tensor, Tensor]:
+        *inputs, out, lse = tensors
+        q_nope = inputs[0]
+        given = out is not None or lse is not None
+        if out is None:
+            out = q_nope.new_empty((batch, q_len, n_heads, dv))
+        if lse is None:
+            lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+        if given:
+            _refuse_overlap(inputs, out, lse)
+        launch(*inputs, softmax_scale, out, lse)
+        return out, lse
+
+    return run
 
 
 def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -120,20 +150,19 @@ def _refuse_overlap(inputs: Sequence[Any], out: Tensor, lse: Tensor) -> None:
             raise ValueError(f"{name} must have memory of its own for every element, got strides {result.stride()}")
     out_span, lse_span = _footprint(out), _footprint(lse)
     out_start, out_end, lse_start, lse_end = *out_span[:2], *lse_span[:2]
-    for i, other in enumerate((*inputs[: len(_INPUTS)], out)):
+    for name, other in (*zip(_INPUTS, inputs, strict=False), ("out", out)):  # what follows the tensors is left out
         if other is None:
             continue
         start = other.data_ptr()
         end = start + other.nbytes if other.is_contiguous() else _footprint(other)[1]
         # Bounds first: nearly all calls end there, and this is on the way of every one.
         if start < lse_end and lse_start < end and _overlap(lse_span, _footprint(other)):
-            name = "lse"
-        elif i < len(_INPUTS) and start < out_end and out_start < end and _overlap(out_span, _footprint(other)):
-            name = "out"
+            result_name = "lse"
+        elif name != "out" and start < out_end and out_start < end and _overlap(out_span, _footprint(other)):
+            result_name = "out"
         else:
             continue
-        got = (*_INPUTS, "out")[i]
-        raise ValueError(f"{name} must not overlap an input or the other result, got memory of {got}")
+        raise ValueError(f"{result_name} must not overlap an input or the other result, got memory of {name}")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

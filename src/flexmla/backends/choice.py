@@ -106,4 +106,4 @@ def _warn_once(lacks: str) -> None:
     if not _warned:
         _warned = True
         # Past the operator, to the caller of mla_decode.
-        warnings.warn(f"flexmla uses its torch backend for this call, as TileLang cannot run it: {lacks}", stacklevel=7)
+        warnings.warn(f"flexmla uses its torch backend for this call, as TileLang cannot run it: {lacks}", stacklevel=8)

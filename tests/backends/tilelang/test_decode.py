@@ -98,8 +98,13 @@ def test_wide_batches_with_many_empty_rows() -> None:
 def test_random_cases(first: int) -> None:
     for seed in range(first, first + 100):
         case = random_case(seed, TILELANG, "cuda")
-        errors = row_errors(*case.decode(backend="tilelang"), *case.expected())
+        with torch.inference_mode():
+            out, lse = (result.clone() for result in case.decode(backend="tilelang"))
+            again = case.decode(backend="tilelang")  # as a call whose signature is known
+        errors = row_errors(out, lse, *case.expected())
         assert errors.within(bounds(case.q_nope.dtype)), (case.describe(), errors)
+        assert torch.equal(out, again[0]), case.describe()
+        assert torch.equal(lse, again[1]), case.describe()
 
 
 def test_random_cases_lie_in_memory_as_their_loaders_want_it() -> None:
@@ -239,6 +244,20 @@ def test_what_it_lacks_is_refused_by_name_and_taken_by_auto(change: dict[str, ob
         flexmla.mla_decode(**call, **change, backend="tilelang")  # type: ignore[arg-type]
     out, lse = flexmla.mla_decode(**call, **change)  # type: ignore[arg-type]
     assert row_errors(out, lse, *reference.mla_decode(**call, **change)).within(bounds(torch.float16))  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def test_a_known_signature_still_refuses_overlap_and_takes_new_tensors() -> None:
+    shape, dtype = MLAShape(16, 1, 512, 64), torch.float16
+    out, lse = torch.empty(2, 1, 16, 512, dtype=dtype, device="cuda"), torch.empty(2, 16, 1, device="cuda")
+    for seed in range(3):
+        call = inputs(shape, [90, 33], 90, dtype, seed)
+        result = flexmla.mla_decode(**call, out=out, lse=lse, backend="tilelang")  # type: ignore[arg-type]
+        assert result[0] is out
+        assert result[1] is lse
+        assert row_errors(out, lse, *reference.mla_decode(**call)).within(bounds(dtype))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="out must not overlap an input or the other result, got memory of q_nope"):
+        flexmla.mla_decode(**call | {"q_nope": out.normal_()}, out=out, lse=lse, backend="tilelang")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shift", [1, 4, 8])

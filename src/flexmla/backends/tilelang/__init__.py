@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,65 @@ from ...tiling import Tiling
 from .compile import kernel
 
 LOG_UNPAGED = 30  # of a page that holds any contiguous row
+
+
+@dataclass(slots=True)  # frozen, it would take a microsecond longer to make
+class Launch:
+    """A compiled kernel, and what of its arguments follows from the layout of a call's tensors.
+
+    Attributes:
+        run: the kernel.
+        loader: how it loads tiles, one of `decode.LOADERS`.
+        states: sizes of the partial states of all workers.
+        rest: its last arguments, numbers.
+    """
+
+    run: Any
+    loader: str
+    states: tuple[int, int, int]
+    rest: tuple[int, ...]
+
+    def __call__(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor | None,
+        ckv_cache: Tensor,
+        kpe_cache: Tensor | None,
+        seq_lens: Tensor,
+        block_table: Tensor | None,
+        starts: Tensor | None,
+        softmax_scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Launches it; every tensor is as `launcher` asks."""
+        if block_table is None:
+            if self.loader == "contiguous":
+                block_table = seq_lens  # a stand-in that nothing reads
+            else:
+                block_table = torch.arange(q_nope.shape[0], dtype=torch.int32, device=q_nope.device).unsqueeze(1)
+        if kpe_cache is None:
+            kpe_cache = ckv_cache  # a stand-in, as for q_pe
+        elif kpe_cache.shape[2] == 1:
+            if kpe_cache.stride(2) != kpe_cache.shape[3]:  # any number is right for one key, but not for TMA
+                kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
+        elif self.loader in ("contiguous", "pages"):
+            kpe_cache = kpe_cache.flatten(2)
+        self.run(
+            q_nope,
+            q_nope if q_pe is None else q_pe,
+            ckv_cache,
+            kpe_cache,
+            seq_lens,
+            seq_lens if starts is None else starts,
+            block_table,
+            out,
+            lse,
+            q_nope.new_empty(self.states),
+            q_nope.new_empty(self.states[:2], dtype=torch.float32),
+            softmax_scale,
+            *self.rest,
+        )
 
 
 def decode(
@@ -41,74 +101,84 @@ def decode(
                 q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale,
                 softmax_scale, softcap, causal, tiling, out, lse,
             )  # fmt: skip
-    batch, q_len, n_heads, dv = q_nope.shape
-    page_size = ckv_cache.shape[1]
-    capacity = page_size if block_table is None else block_table.shape[1] * page_size
-    if capacity == 0 or ckv_cache.shape[0] == 0:
+    capacity = _capacity(ckv_cache, block_table)
+    if capacity == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
-    loader = _loader(ckv_cache, kpe_cache, block_table is not None)
-    run, workers, log_ways, log_parts = _launch(
-        n_heads, n_rope_heads, dv, d_pe, tuple(tiling), q_nope.dtype, q_len, loader
-    )
+    launch = _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, causal, tiling)
     if seq_lens is None:
-        seq_lens = torch.full((batch,), capacity, dtype=torch.int32, device=q_nope.device)
-    seq_lens = _aligned(seq_lens)
-    log_page = page_size.bit_length() - 1
-    if block_table is None:
-        log_page = LOG_UNPAGED
-        if loader == "contiguous":
-            block_table = seq_lens  # a stand-in that nothing reads
-        else:
-            block_table = torch.arange(batch, dtype=torch.int32, device=q_nope.device).unsqueeze(1)
-    elif block_table.stride(1) != 1:
+        seq_lens = torch.full(q_nope.shape[:1], capacity, dtype=torch.int32, device=q_nope.device)
+    if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     if softmax_scale <= 0:  # the kernels take the maximum before they scale
         factor = -1 if softmax_scale < 0 else 0
         q_nope, q_pe = q_nope * factor, None if q_pe is None else q_pe * factor
         softmax_scale = -softmax_scale or 1.0
-    q_nope = _aligned(q_nope)
-    if kpe_cache is None:
-        kpe_cache = ckv_cache  # a stand-in, as for q_pe
-    elif n_rope_heads == 1:
-        if kpe_cache.stride(2) != d_pe:  # any number is right for a dimension of one key, but not for TMA
-            kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
-    elif loader in ("contiguous", "pages"):
-        kpe_cache = kpe_cache.flatten(2)
+    q_nope, seq_lens = _aligned(q_nope), _aligned(seq_lens)
+    q_pe, starts = None if q_pe is None else _aligned(q_pe), None if starts is None else _aligned(starts)
     # the kernel writes dense results; a caller's strided ones are filled from those
-    dense_out = out if _dense(out) else out.new_empty(out.shape)
-    dense_lse = lse if _dense(lse) else lse.new_empty(lse.shape)
-    run(
-        q_nope,
-        q_nope if q_pe is None else _aligned(q_pe),
-        ckv_cache,
-        kpe_cache,
-        seq_lens,
-        seq_lens if starts is None else _aligned(starts),
-        block_table,
-        dense_out,
-        dense_lse,
-        q_nope.new_empty((2 * workers, n_heads * q_len, dv)),
-        q_nope.new_empty((2 * workers, n_heads * q_len), dtype=torch.float32),
-        softmax_scale,
-        int(starts is not None),
-        int(causal),
-        capacity,
-        log_page,
-        workers,
-        log_ways,
-        log_parts,
-    )
+    dense_out = out if _is_dense(out) else out.new_empty(out.shape)
+    dense_lse = lse if _is_dense(lse) else lse.new_empty(lse.shape)
+    launch(q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, softmax_scale, dense_out, dense_lse)
     if dense_out is not out:
         out.copy_(dense_out)
     if dense_lse is not lse:
         lse.copy_(dense_lse)
 
 
-@functools.lru_cache(maxsize=4096)
+def launcher(
+    q_nope: Tensor,
+    q_pe: Tensor | None,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor | None,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    starts: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    tiling: Sequence[int],
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> Launch | None:
+    """What runs every call like this one on the current device; None where `decode` has to copy something for it."""
+    if q_nope.device.index != torch.cuda.current_device() or _capacity(ckv_cache, block_table) == 0:
+        return None
+    if seq_lens is None or softmax_scale <= 0 or (block_table is not None and block_table.stride(1) != 1):
+        return None
+    if not all(x is None or _is_aligned(x) for x in (q_nope, q_pe, seq_lens, starts)):
+        return None
+    if not all(x is None or _is_dense(x) for x in (out, lse)):
+        return None
+    return _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, causal, tiling)
+
+
+def _capacity(ckv_cache: Tensor, block_table: Tensor | None) -> int:
+    """Tokens that a row can hold."""
+    pages, page_size, _ = ckv_cache.shape
+    return 0 if pages == 0 else page_size if block_table is None else block_table.shape[1] * page_size
+
+
 def _launch(
+    q_nope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor | None,
+    block_table: Tensor | None,
+    starts: Tensor | None,
+    causal: bool,
+    tiling: Sequence[int],
+) -> Launch:
+    _, q_len, n_heads, dv = q_nope.shape
+    n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
+    loader = _loader(ckv_cache, kpe_cache, block_table is not None)
+    run, workers, *merge = _compiled(n_heads, n_rope_heads, dv, d_pe, tuple(tiling), q_nope.dtype, q_len, loader)
+    log_page = LOG_UNPAGED if block_table is None else ckv_cache.shape[1].bit_length() - 1
+    rest = (int(starts is not None), int(causal), _capacity(ckv_cache, block_table), log_page, workers, *merge)
+    return Launch(run, loader, (2 * workers, n_heads * q_len, dv), rest)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(
     n_heads: int,
     n_rope_heads: int,
     dv: int,
@@ -143,18 +213,19 @@ def _loader(ckv: Tensor, kpe: Tensor | None, paged: bool) -> str:
     return "pages" if paged else "contiguous"
 
 
-def _dense(result: Tensor) -> bool:
+def _is_dense(result: Tensor) -> bool:
     return result.is_contiguous() and result.data_ptr() % 16 == 0
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where its base or strides are not what TMA takes. For a call's small inputs."""
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether base and strides are what TMA takes."""
     *outer, last = tensor.stride()
-    if last == 1 and tensor.data_ptr() % 16 == 0:
-        width = tensor.element_size()
-        for step in outer:
-            if step * width % 16 or not 0 < step < 2**31:
-                break
-        else:
-            return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    width = tensor.element_size()
+    return (
+        last == 1 and tensor.data_ptr() % 16 == 0 and all(step * width % 16 == 0 < step < 2**31 for step in outer)
+    )  # fmt: skip
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that TMA takes. For a call's small inputs."""
+    return tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)

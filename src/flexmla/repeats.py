@@ -1,0 +1,82 @@
+"""What an eager call on a GPU need not do again: calls of one signature are checked and planned once.
+
+A signature is all that checks and choices look at: of the tensors sizes, strides, dtypes, devices and the alignment of
+their memory, and every option. Checking a call takes longer than comparing its signature, and the dispatcher as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .plan import DecodePlan
+
+if TYPE_CHECKING:
+    from .ops import Launcher
+
+MOST = 4096  # signatures; caches that grow by tokens make new ones all the time
+
+Signature = tuple[Hashable, ...]
+
+# The plan is kept as its signature has but its id.
+_launchers: dict[Signature, tuple[Launcher | None, DecodePlan | None]] = {}
+
+
+def find(
+    tensors: tuple[Any, ...], options: tuple[Any, ...], plan: DecodePlan | None
+) -> tuple[Signature | None, Launcher | None]:
+    """The signature of a call, and what runs it where such a call was seen before.
+
+    Args:
+        tensors: that may be None and have not been checked; `q_nope` first.
+        options: numbers, strings and booleans, not checked either.
+        plan: as given to the call.
+
+    Returns:
+        None for the signature where there is nothing to `remember`: the call was seen, or has to be looked at whole.
+    """
+    if not _is_eligible(tensors[0]) or torch.is_grad_enabled() or _is_watched():
+        return None, None
+    try:
+        layouts = [
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, type(x)) for x in tensors
+        ]
+        # 1 and 1.0 equal True
+        signature = (*layouts, *options, *map(type, options), id(plan), torch.cuda.current_device())
+        seen = _launchers.get(signature)
+    except (AttributeError, RuntimeError, TypeError):  # no strided tensor, or an option of no such type
+        return None, None
+    if seen is not None:
+        return None, seen[0]
+    plain = all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return (signature if plain else None), None
+
+
+def remember(signature: Signature, launcher: Launcher | None, plan: DecodePlan | None) -> None:
+    """Lets later calls of the signature run by `launcher`; None means that they are to be looked at whole."""
+    if len(_launchers) >= MOST:
+        forget()
+    _launchers[signature] = launcher, plan
+
+
+def forget() -> None:
+    """Has every signature looked at again."""
+    _launchers.clear()
+
+
+def _is_eligible(q_nope: Any) -> bool:
+    return type(q_nope) is Tensor and q_nope.is_cuda
+
+
+def _is_watched() -> bool:
+    """Whether something follows or replaces operators: a mode, a transform, a trace, a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
