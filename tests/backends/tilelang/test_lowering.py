@@ -79,6 +79,28 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     assert "wgmma.mma_async" not in report, report  # ptxas warns where it had to serialise them
 
 
+@pytest.mark.parametrize(
+    ("shape", "loader", "chunks"),
+    [
+        (MLAShape(12, 4, 512, 32), "gather", (8, 2)),  # of 32 tokens' latents, and of their rotary keys
+        (MLAShape(20, 5, 128, 32), "gather", (2, None)),
+        (MLAShape(32, 32, 192, 32), "scalar", (None, 64)),
+    ],
+    ids=str,
+)
+def test_gathering_warps_stop_at_the_last_chunk(
+    shape: MLAShape, loader: str, chunks: tuple[int | None, int | None]
+) -> None:
+    """By a guard and loops of fixed length: bounds that depend on the warp were compiled to one round too many."""
+    from flexmla.backends.tilelang.compile import lower_source
+
+    source, _ = lower_source(shape, planned(shape), torch.float16, 1, loader)
+    gathering = source[source.index("int my_page") : source.index("full[((int64_t)stage_1)].arrive()")]
+    assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
+    guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
+    assert guards == tuple(n for n in chunks if n is not None)
+
+
 def ptxas_report(source: str, folder: Path) -> str:
     """What ptxas says of a kernel's registers and spills, compiled afresh."""
     from tilelang.contrib.nvcc import get_nvcc_compiler

@@ -151,38 +151,43 @@ def gather_part(cache, tile_sh, my_page, first, mask, half, stage, vector, width
     """Copies rows of `width` elements of 32 tokens, a lane `vector` elements at once; lane i knows token i's page."""
     page = T.alloc_var(T.int32)
     together = min(TOGETHER, width // vector)
-    begin = (warp + half) % warps  # the warps take turns, and another begins each half
-    for some in T.serial(T.ceildiv(width // vector // together - begin, warps)):
-        for i in T.unroll(together):
-            place = (((some * warps + begin) * together + i) * 32 + lane) * vector
-            token = place // width
-            column = place % width
-            page = T.shfl_sync(my_page, token)
-            slot = (first + half * 32 + token) & mask
-            if len(cache.shape) == 3:
-                if vector > 1:
-                    T.ptx_cp_async(
-                        T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                        T.access_ptr(cache[page, slot, column], "r", vector),
-                        vector,
-                        page >= 0,
-                    )
+    chunks = width // vector // together
+    for some in T.serial(-(-chunks // warps)):
+        chunk = some * warps + (warp + half) % warps  # the warps take turns, and another begins each half
+        # a guard: of a loop whose number of rounds, 0 or 1, depends on the warp, TileLang takes it for 1
+        if chunk < chunks:
+            for i in T.unroll(together):
+                place = ((chunk * together + i) * 32 + lane) * vector
+                token = place // width
+                column = place % width
+                page = T.shfl_sync(my_page, token)
+                slot = (first + half * 32 + token) & mask
+                if len(cache.shape) == 3:
+                    if vector > 1:
+                        T.ptx_cp_async(
+                            T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
+                            T.access_ptr(cache[page, slot, column], "r", vector),
+                            vector,
+                            page >= 0,
+                        )
+                    else:
+                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
+                            page >= 0, cache[page, slot, column], 0
+                        )
                 else:
-                    tile_sh[stage, half * 32 + token, column] = T.if_then_else(page >= 0, cache[page, slot, column], 0)
-            else:
-                key = key0 + column // per_key
-                there = T.And(page >= 0, key < cache.shape[2])
-                if vector > 1:
-                    T.ptx_cp_async(
-                        T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                        T.access_ptr(cache[page, slot, key, column % per_key], "r", vector),
-                        vector,
-                        there,
-                    )
-                else:
-                    tile_sh[stage, half * 32 + token, column] = T.if_then_else(
-                        there, cache[page, slot, key, column % per_key], 0
-                    )
+                    key = key0 + column // per_key
+                    there = T.And(page >= 0, key < cache.shape[2])
+                    if vector > 1:
+                        T.ptx_cp_async(
+                            T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
+                            T.access_ptr(cache[page, slot, key, column % per_key], "r", vector),
+                            vector,
+                            there,
+                        )
+                    else:
+                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
+                            there, cache[page, slot, key, column % per_key], 0
+                        )
 
 
 @T.macro
