@@ -18,6 +18,7 @@ SPECIALISATIONS = (
     Specialisation(MLAShape(16, 1, 512, 64), FP16, 4, "contiguous"),
     Specialisation(MLAShape(16, 1, 512, 64), FP16, 1, "gather"),
     Specialisation(MLAShape(16, 1, 128, 32), FP16, 1, "gather"),
+    Specialisation(MLAShape(20, 5, 128, 32), FP16, 2, "gather"),  # fewer chunks than warps
     Specialisation(MLAShape(15, 5, 448, 8), FP16, 3, "scalar"),
     Specialisation(MLAShape(64, 1, 512, 64), FP16, 1, "contiguous"),
     Specialisation(MLAShape(64, 1, 512, 64), FP16, 1, "gather"),

@@ -151,6 +151,15 @@ def test_bench_measures_the_overhead_alone_or_beside_suites(calls):
     assert {case.suite for case in calls["bench.run"]["cases"]} == {"mtp"}
 
 
+def test_bench_asks_a_base_for_the_same_cases(calls, tmp_path):
+    run("bench", "mtp", "ragged", "--dtype", "bf16", "--base", str(tmp_path), "--device", "cpu")
+    assert calls["bench.run"]["base"] == tmp_path
+    assert calls["bench.run"]["base_arguments"] == ["mtp", "ragged", "--dtype", "bf16", "--device", "cpu"]
+    run("bench", "--n-heads", "16", "--page-size", "16", "--lens", "5,6", "--base", str(tmp_path))
+    flags = ["--n-heads", "16", "--lens", "5,6", "--page-size", "16", "--dtype", "fp16"]
+    assert calls["bench.run"]["base_arguments"] == flags
+
+
 def test_bench_measures_llama2_by_default(calls):
     run("bench", "--device", "cpu")
     assert {case.suite for case in calls["bench.run"]["cases"]} == {"llama2"}

@@ -202,6 +202,9 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Append a row a measurement to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw fraction of read over bytes to this file.")] = None,
     commit: Annotated[str | None, typer.Option(help="Commit in the rows, where the checkout has no history.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Compare with the code of another checkout, in this folder.")
+    ] = None,
 ) -> None:
     """Measure decode steps against the machine's limits; exit code 1 where a result is wrong."""
     from .bench.case import Case
@@ -215,11 +218,14 @@ def bench(
     if n_heads is None:
         if given:
             raise ValueError(f"bench takes {given[0]} for a shape by flags, with --n-heads, got no --n-heads")
-        cases = suite_cases(suites or ([] if overhead else ["llama2"]), chosen)
+        selected = suites or ([] if overhead else ["llama2"])
+        cases = suite_cases(selected, chosen)
     elif suites:
         raise ValueError(f"bench takes suites or a shape by flags, got {suites} and --n-heads {n_heads}")
     else:
         shape = MLAShape(n_heads, n_rope_heads, dv, d_pe)
+        values = {"--" + name.replace("_", "-"): context.params[name] for name in ("n_heads", *SHAPE_FLAGS)}
+        selected = [str(part) for flag in ("--n-heads", *given) for part in (flag, values[flag])]
         if lens is None:
             case = Case("shape", shape, batch, max_len, chosen, page_size=page_size, q_len=q_len)
         elif "--batch" in given or "--max-len" in given:
@@ -236,6 +242,8 @@ def bench(
         commit=commit,
         console=wide_console(),
         overhead=overhead_cases(chosen) if overhead else [],
+        base=base,
+        base_arguments=[*selected, "--dtype", dtype, *(["--device", device] if device else [])],
     )
     raise typer.Exit(1 if misses else 0)
 

@@ -176,6 +176,28 @@ def test_a_run_writes_rows_tables_and_plot(gpu_that_is_a_cpu, tmp_path):
     assert image.read_text().startswith("<?xml")
 
 
+def test_a_base_is_measured_after_and_its_rows_are_kept(gpu_that_is_a_cpu, monkeypatch, tmp_path):
+    asked = []
+
+    def base_rows(checkout, arguments, commit):
+        asked.append((checkout, arguments, commit))
+        return [{**json.loads(path.read_text().splitlines()[0]), "commit": commit, "us": 1e9}]
+
+    monkeypatch.setattr(run, "base_rows", base_rows)
+    console, path = quiet(), tmp_path / "rows.jsonl"
+    (tmp_path / "src" / "flexmla").mkdir(parents=True)
+    (tmp_path / "src" / "flexmla" / "__init__.py").touch()
+    options = {"peers": False, "json_path": path}
+    start([CASE], console, base=tmp_path, base_arguments=["--x"], **options)
+    assert asked == [(tmp_path, ["--x"], "base")]
+    assert [json.loads(line)["commit"] for line in path.read_text().splitlines()] == ["abc", "base"]
+    assert "against base" in console.file.getvalue()
+    with pytest.raises(ValueError, match="base must be a checkout of flexmla"):
+        start([CASE], base=tmp_path / "none", **options)
+    with pytest.raises(ValueError, match="a base needs suites or a shape"):
+        start([], base=tmp_path, overhead=[CASE], **options)
+
+
 def test_misses_are_counted_and_printed(gpu_that_is_a_cpu, monkeypatch):
     monkeypatch.setattr(run, "flexmla_contender", lambda case, device: broken("flexmla", ValueError("wrong")))
     console = quiet()

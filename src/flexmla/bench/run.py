@@ -21,6 +21,7 @@ from flexmla.info import driver_version, version
 from flexmla.plan import device_record
 
 from . import ceilings
+from .base import base_rows, base_source, comparison
 from .case import Case
 from .ceilings import Ceilings
 from .inputs import Inputs
@@ -172,6 +173,8 @@ def run(
     commit: str | None,
     console: Console,
     overhead: Sequence[Case] = (),
+    base: Path | None = None,
+    base_arguments: Sequence[str] = (),
 ) -> int:
     """Measures cases on a CUDA device, prints a table a suite, and returns the number of misses.
 
@@ -184,10 +187,12 @@ def run(
         commit: for the rows; default: what git says of the checkout that this package runs from.
         console: where to print.
         overhead: what to measure the host's time of an eager call with, after the cases.
+        base: another checkout, whose code measures the same cases afterwards; its rows go to `json_path` too.
+        base_arguments: what asks its bench command for these cases.
 
     Raises:
-        ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, for rows without a commit, and
-            for a plot without cases.
+        ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, for rows without a commit, for a
+            plot or a base without cases, and for a base that is no checkout.
         ImportError: without Triton; for a plot, without matplotlib.
     """
     if cases and device.type != "cuda":
@@ -199,6 +204,10 @@ def run(
         if not cases:
             raise ValueError("a plot needs suites or a shape, got the overhead alone")
         figure_class()  # a missing package is told before anything is measured
+    if base is not None:
+        if not cases:
+            raise ValueError("a base needs suites or a shape, got the overhead alone")
+        base_commit = checkout_commit(base_source(base) / "flexmla") or "base"
     commit = commit or checkout_commit(Path(flexmla.__file__).parent)
     if commit is None and json_path is not None:
         raise ValueError("commit must be given (--commit) for rows from a package that is in no git checkout, got none")
@@ -245,6 +254,12 @@ def run(
             misses += _tell(outcome, console)
         if plot_path is not None:
             plot(rows, plot_path)
+        if base is not None:
+            with console.status(f"measuring {base}"):
+                theirs = base_rows(base, base_arguments, base_commit)
+            if json_path is not None:
+                append_rows(json_path, theirs)
+            console.print(comparison(rows, theirs, f"against {base_commit[:12]}, {machine.gpu}"))
     if overhead:
         outcome = host_time(Rig.host(device))
         misses += _tell(outcome, console)
