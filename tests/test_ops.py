@@ -47,6 +47,51 @@ def test_functional_and_out_variants_give_the_same_bits(seed):
     assert torch.equal(lse, given[1])
 
 
+class Backend:
+    """Stands for the TileLang backend: a launch fills the results."""
+
+    def launcher(self, *arguments):
+        return self.launch
+
+    def launch(self, *arguments):
+        *_, out, lse = arguments
+        out.fill_(1)
+        lse.fill_(2)
+
+
+def test_a_launcher_allocates_what_is_not_given_and_refuses_overlap(monkeypatch):
+    monkeypatch.setattr(ops, "_choose", lambda *operands: ("tilelang", ()))
+    monkeypatch.setattr(ops, "_tilelang", Backend)
+    q, ckv = torch.zeros(2, 3, 4, 64), torch.zeros(2, 10, 64)
+    inputs = (q, None, ckv, None, torch.ones(2, dtype=torch.int32), None, None)
+    operands = (*inputs, None, None, 0.1, 0.0, True, "tilelang", ())
+    out, lse = ops.launcher(operands, None, None)(*inputs, None, None)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 3), torch.float32)
+    assert bool((out == 1).all() and (lse == 2).all())
+    run = ops.launcher(operands, out, lse)
+    assert run(*inputs, out, lse) == (out, lse)
+    assert run(*inputs, out, None)[0] is out
+    memory = torch.zeros(4 * q.numel())
+    for given, named in (
+        ((q, lse), "out must not overlap .* q_nope"),
+        ((memory[: q.numel()].view_as(q), memory[q.numel() - 1 :][: lse.numel()].view_as(lse)), "lse .* memory of out"),
+        ((out, ckv.flatten()[-lse.numel() :].view_as(lse)), "lse must not overlap .* ckv_cache"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            run(*inputs, *given)
+
+
+def test_a_launcher_takes_views_that_interleave(monkeypatch):
+    monkeypatch.setattr(ops, "_choose", lambda *operands: ("tilelang", ()))
+    monkeypatch.setattr(ops, "_tilelang", Backend)
+    memory = torch.zeros(1, 100, 128)
+    q, cache, out = torch.zeros(1, 1, 1, 64), memory[..., :64], memory[:, 50, 64:].view(1, 1, 1, 64)
+    inputs = (q, None, cache, None, torch.ones(1, dtype=torch.int32), None, None)
+    run = ops.launcher((*inputs, None, None, 0.1, 0.0, True, "tilelang", ()), out, None)
+    assert run(*inputs, out, None)[0] is out
+    assert bool((cache == 0).all())
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("paged", [False, True])
 def test_compiles_whole_with_dynamic_shapes(backend, paged):

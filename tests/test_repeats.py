@@ -33,7 +33,7 @@ def calls(monkeypatch):
     counted = Calls()
     repeats.forget()
     monkeypatch.setattr(repeats, "_is_eligible", lambda q_nope: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(repeats, "_has_several_gpus", lambda: False)
     monkeypatch.setattr(ops, "launcher", counted.launcher)
     with torch.inference_mode():
         yield counted

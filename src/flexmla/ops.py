@@ -108,6 +108,9 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
     if launch is None:
         return None
 
+    spans = [_footprint(x)[1] - x.data_ptr() for x in operands[:7] if x is not None]
+    out_bytes, lse_bytes = batch * q_len * n_heads * dv * operands[0].element_size(), 4 * batch * q_len * n_heads
+
     def run(*tensors: Any) -> tuple[Tensor, Tensor]:
         *inputs, out, lse = tensors
         q_nope = inputs[0]
@@ -117,7 +120,16 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
         if lse is None:
             lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
         if given:
-            _refuse_overlap(inputs, out, lse)
+            out_start, lse_start = out.data_ptr(), lse.data_ptr()
+            out_end, lse_end = out_start + out_bytes, lse_start + lse_bytes
+            apart = out_end <= lse_start or lse_end <= out_start
+            for x, span in zip([x for x in inputs if x is not None], spans, strict=True):
+                start = x.data_ptr()
+                end = start + span
+                if (start < out_end and out_start < end) or (start < lse_end and lse_start < end):
+                    apart = False
+            if not apart:  # by their bounds: views that interleave in one buffer are
+                _refuse_overlap(inputs, out, lse)
         launch(*inputs, softmax_scale, out, lse)
         return out, lse
 

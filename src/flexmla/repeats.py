@@ -6,11 +6,15 @@ their memory, and every option. Checking a call takes longer than comparing its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 
 from .plan import DecodePlan
 
@@ -44,8 +48,9 @@ def find(
         layouts = [
             None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, type(x)) for x in tensors
         ]
+        current = torch.cuda.current_device() if _has_several_gpus() else 0
         # 1 and 1.0 equal True
-        signature = (*layouts, *options, *map(type, options), id(plan), torch.cuda.current_device())
+        signature = (*layouts, *options, *map(type, options), id(plan), current)
         seen = _launchers.get(signature)
     except (AttributeError, RuntimeError, TypeError):  # no strided tensor, or an option of no such type
         return None, None
@@ -67,6 +72,11 @@ def forget() -> None:
     _launchers.clear()
 
 
+@functools.cache
+def _has_several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def _is_eligible(q_nope: Any) -> bool:
     return type(q_nope) is Tensor and q_nope.is_cuda
 
@@ -74,9 +84,9 @@ def _is_eligible(q_nope: Any) -> bool:
 def _is_watched() -> bool:
     """Whether something follows or replaces operators: a mode, a transform, a trace, a profiler."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )

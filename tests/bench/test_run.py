@@ -133,11 +133,11 @@ def test_inputs_that_find_no_room_are_skipped(monkeypatch):
     assert outcome.skipped == ["sdpa-mha, shape 4/2 64+16 2 x 50: no room for the inputs"]
 
 
-@pytest.mark.parametrize(("peers", "names"), [(True, 3), (False, 1)])
-def test_a_suite_hands_on_each_case_as_it_ends(peers, names):
+@pytest.mark.parametrize(("others", "names"), [(lambda case: PEERS, 3), (lambda case: (), 1)])
+def test_a_suite_hands_on_each_case_as_it_ends(others, names):
     kept = []
     cases = [CASE, Case("shape", MLAShape(4, 1, 64, 16), 2, 50)]
-    total = measure_suite(cases, rig(), peers=peers, console=quiet(), keep=lambda results: kept.append(list(results)))
+    total = measure_suite(cases, rig(), others=others, console=quiet(), keep=lambda results: kept.append(list(results)))
     assert [[result.case for result in results] for results in kept] == [[case] * names for case in cases]
     assert total.results == kept[0] + kept[1]
 
@@ -257,8 +257,10 @@ def test_the_overhead_is_measured_on_any_device_and_has_no_rates(tmp_path):
     case = Case("overhead", MLAShape(4, 2, 64, 16), 2, 48, page_size=16)
     options = {"peers": True, "plot_path": None, "commit": "abc", "console": console}
     assert run.run([], device=CPU, json_path=path, overhead=[case], **options) == 0
-    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
-    assert (row["suite"], row["name"], row["page_size"], row["gpu"]) == ("overhead", "flexmla-torch", 16, "cpu")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["flexmla-torch", "flexmla-torch-into"]
+    row = rows[1]
+    assert (row["suite"], row["page_size"], row["gpu"]) == ("overhead", 16, "cpu")
     assert row["us"] > 0
     assert [row[key] for key in ("gb_s", "read_gb_s", "frac_read", "tflops", "matmul_tflops", "frac_matmul")] == [
         None

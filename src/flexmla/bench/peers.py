@@ -33,8 +33,12 @@ class Contender:
     decode: Callable[[Any], tuple[Tensor, Tensor | None]]
 
 
-def flexmla_contender(case: Case, device: torch.device) -> Contender:
-    """`flexmla.mla_decode` with its plan: `flexmla` on the TileLang kernels, `flexmla-torch` on the torch backend."""
+def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> Contender:
+    """`flexmla.mla_decode` with its plan: `flexmla` on the TileLang kernels, `flexmla-torch` on the torch backend.
+
+    Args:
+        given: whether `out` and `lse` are the caller's, the same ones each time; the name then ends in `-into`.
+    """
     plan = flexmla.plan(
         case.shape,
         case.batch,
@@ -57,6 +61,12 @@ def flexmla_contender(case: Case, device: torch.device) -> Contender:
     )
     backend = plan.backend if lacks is None else "torch"
 
+    out = lse = None
+    if given:
+        shape, rows = case.shape, case.batch
+        out = torch.empty(rows, case.q_len, shape.n_heads, shape.dv, dtype=case.dtype, device=device)
+        lse = torch.empty(rows, shape.n_heads, case.q_len, device=device)
+
     def decode(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
         return flexmla.mla_decode(
             inputs.q_nope,
@@ -67,11 +77,14 @@ def flexmla_contender(case: Case, device: torch.device) -> Contender:
             block_table=inputs.block_table,
             softcap=case.softcap,
             score_scale=inputs.score_scale,
+            out=out,
+            lse=lse,
             plan=plan if plan.backend == backend else None,
             backend=backend,
         )
 
-    return Contender("flexmla" if backend == "tilelang" else "flexmla-torch", LatentInputs, decode)
+    name = ("flexmla" if backend == "tilelang" else "flexmla-torch") + ("-into" if given else "")
+    return Contender(name, LatentInputs, decode)
 
 
 def torch_eager(inputs: LatentInputs) -> tuple[Tensor, None]:

@@ -144,16 +144,21 @@ def _measure(
 
 
 def measure_suite(
-    cases: Sequence[Case], rig: Rig, *, peers: bool, console: Console, keep: Callable[[Sequence[Measured]], object]
+    cases: Sequence[Case],
+    rig: Rig,
+    *,
+    others: Callable[[Case], Sequence[Contender]],
+    console: Console,
+    keep: Callable[[Sequence[Measured]], object],
 ) -> Outcome:
-    """Measures case after case behind a progress bar and hands each case's results to `keep` at once."""
+    """Measures flexmla and `others` case after case behind a progress bar, handing each case's results on at once."""
     total = Outcome()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            contenders = (flexmla_contender(case, rig.device), *(peers_of(case) if peers else ()))
+            contenders = (flexmla_contender(case, rig.device), *others(case))
             outcome = measure_case(case, contenders, rig)
             keep(outcome.results)
             total.results += outcome.results
@@ -227,7 +232,13 @@ def run(
         return new
 
     def host_time(rig: Rig) -> Outcome:
-        outcome = measure_suite(overhead, rig, peers=False, console=console, keep=lambda results: write(results, None))
+        outcome = measure_suite(
+            overhead,
+            rig,
+            others=lambda case: [flexmla_contender(case, device, given=True)],
+            console=console,
+            keep=lambda results: write(results, None),
+        )
         console.print(overhead_table(outcome.results, f"overhead, {machine.gpu}"))
         return outcome
 
@@ -246,7 +257,7 @@ def run(
             outcome = measure_suite(
                 list(of_suite),
                 rig,
-                peers=peers,
+                others=peers_of if peers else lambda case: (),
                 console=console,
                 keep=lambda results: rows.extend(write(results, limits)),
             )

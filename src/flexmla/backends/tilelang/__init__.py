@@ -24,7 +24,7 @@ class Launch:
     Attributes:
         run: the kernel.
         loader: how it loads tiles, one of `decode.LOADERS`.
-        states: sizes of the partial states of all workers.
+        states: sizes of the partial states of all workers, whose sums lie behind them in the call's one workspace.
         rest: its last arguments, numbers.
     """
 
@@ -59,6 +59,10 @@ class Launch:
                 kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
         elif self.loader in ("contiguous", "pages"):
             kpe_cache = kpe_cache.flatten(2)
+        slots, n_queries, dv = self.states
+        # an allocation takes as long as four views
+        workspace = q_nope.new_empty(slots * n_queries * (dv + 2))
+        sums = workspace.view(torch.float32)
         self.run(
             q_nope,
             q_nope if q_pe is None else q_pe,
@@ -69,8 +73,8 @@ class Launch:
             block_table,
             out,
             lse,
-            q_nope.new_empty(self.states),
-            q_nope.new_empty(self.states[:2], dtype=torch.float32),
+            workspace.as_strided(self.states, (n_queries * dv, dv, 1)),
+            sums.as_strided((slots, n_queries), (n_queries, 1), slots * n_queries * dv // 2),
             softmax_scale,
             *self.rest,
         )
