@@ -19,7 +19,7 @@ PIP_CUDA = $(VENV)/lib/python3*/site-packages/nvidia/cu13
 WITH_NVCC = if [ -z "$${CUDA_HOME:-}" ] && [ -x $(PIP_CUDA)/bin/nvcc ]; then CUDA_HOME=$$(cd $(PIP_CUDA) && pwd); export CUDA_HOME; fi;
 endif
 
-.PHONY: help demo test test-slow test-gpu sanitize bench lint format docs clean
+.PHONY: help demo test test-slow test-gpu sanitize bench tables lint format docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ sanitize: $(DEPS) ## compute-sanitizer over every kernel and branch (needs a GPU
 bench: $(DEPS) ## Measure every suite (needs a GPU; ARGS="--commit abc" passes options)
 	$(PY) -m flexmla bench llama2 per-head deepseek small-latent models paged ragged mtp --overhead \
 	  --json benchmarks/results/local.jsonl $(ARGS)
+
+tables: $(DEPS) ## Write the tables and the plot of the documentation from benchmarks/results
+	$(PY) benchmarks/tables.py
 
 lint: $(DEPS) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -88,6 +88,16 @@ def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
             assert keys * shape.d_pe <= rope_tile_width(shape, tiling.block_h)
 
 
+def test_groups_are_even() -> None:
+    """A group of fewer heads would load fewer rotary keys and wait for the others."""
+    for shape in shapes():
+        tiling = tile(shape, 64, 8192, H100.sm_count)
+        assert tiling is not None
+        if tiling.family == "few_heads":
+            groups = -(-shape.n_heads // tiling.block_h)
+            assert tiling.block_h == -(-shape.n_heads // groups), (shape, tiling)
+
+
 @pytest.mark.parametrize("device", [H100, SMALLER])
 @pytest.mark.parametrize(("batch", "max_len"), [(1, 1), (1, 128), (8, 2048), (64, 8192), (1024, 64)])
 def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, batch: int, max_len: int) -> None:
@@ -102,7 +112,10 @@ def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, ba
 @pytest.mark.parametrize(
     ("shape", "family", "block_h"),
     [
-        (MLAShape(32, 1, 512, 16), "few_heads", 32),
+        (MLAShape(32, 1, 512, 16), "few_heads", 16),  # two groups with three stages, not one with two
+        (MLAShape(32, 1, 512, 64), "few_heads", 32),  # two groups would not have three stages either
+        (MLAShape(32, 1, 256, 16), "few_heads", 32),  # one group has four
+        (MLAShape(24, 24, 128, 16), "few_heads", 12),
         (MLAShape(32, 32, 512, 16), "few_heads", 16),  # groups of 16 where all keys side by side leave one stage
         (MLAShape(16, 1, 512, 64), "few_heads", 16),
         (MLAShape(64, 1, 512, 64), "many_heads", 64),

@@ -16,6 +16,7 @@ SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 MAX_STAGES = 4
+GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
 FAMILIES = ("few_heads", "many_heads")
 
@@ -140,9 +141,10 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: in
         step = 16 // math.gcd(16, q_len)  # heads whose queries fill a multiple of 16 rows
         even = -(-shape.n_heads // groups)
         candidates.append(("many_heads", min(-(-even // step) * step, 64 // q_len) if groups > 1 else even))
-    candidates += [
-        ("few_heads", block_q // q_len) for block_q in (32, 16, 8) if q_len <= block_q < shape.n_heads * q_len
-    ]
+    for most_queries in (32, 16, 8):
+        if q_len <= most_queries < shape.n_heads * q_len:
+            groups = -(-shape.n_heads // (most_queries // q_len))
+            candidates.append(("few_heads", -(-shape.n_heads // groups)))  # even: rotary keys are shared out with heads
     for least_stages in (2, 1):
         for family, block_h in candidates:
             registers = _registers(shape, family, block_h * q_len, block_n)
@@ -160,4 +162,13 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: in
 
 def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1) -> Tiling | None:
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM."""
-    return next(_tilings(shape, sm_count, batch, max_len, q_len), None)
+
+    def tilings() -> Iterator[Tiling]:
+        return _tilings(shape, sm_count, batch, max_len, q_len)
+
+    best = next(tilings(), None)
+    if best is None or best.family != "few_heads" or best.block_h < shape.n_heads or best.stages >= GOOD_STAGES:
+        return best
+    # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
+    halves = -(-shape.n_heads // 2)
+    return next((t for t in tilings() if t.block_h == halves and t.stages >= GOOD_STAGES), best)

@@ -1,0 +1,112 @@
+"""Writes the measured tables and the plot of the documentation from `benchmarks/results`: `make tables`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmla.bench.report import plot
+from flexmla.bench.suites import PER_HEAD, SHARED, SUITES
+from flexmla.plan import HOPPER, DeviceRecord, tilelang_lacks
+from flexmla.tiling import tile
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "benchmarks" / "results" / "h100.jsonl"
+H100 = DeviceRecord(HOPPER, 132, "NVIDIA H100")
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def find(found: list[Row], suite: str, name: str, shape: Any, batch: int, max_len: int) -> Row | None:
+    """The latest row of a contender on one case of contiguous caches."""
+    wanted = {
+        "suite": suite, "name": name, "n_heads": shape.n_heads, "n_rope_heads": shape.n_rope_heads, "dv": shape.dv,
+        "d_pe": shape.d_pe, "batch": batch, "max_len": max_len, "page_size": 0, "q_len": 1,
+    }  # fmt: skip
+    return next((row for row in reversed(found) if all(row[key] == value for key, value in wanted.items())), None)
+
+
+def llama2_table(found: list[Row]) -> str:
+    """flexmla beside the peers on the two shapes that the project began with."""
+    lines = [
+        "| rope key | batch x length | flexmla | of read | eager PyTorch | flash attention of the original MHA |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for suite, shape, key in (("llama2", SHARED, "shared"), ("per-head", PER_HEAD, "per head")):
+        for batch, max_len in ((8, 2048), (8, 4096), (64, 2048), (64, 8192)):
+            ours, eager, flash = (
+                find(found, suite, name, shape, batch, max_len) for name in ("flexmla", "torch-eager", "sdpa-mha")
+            )
+            cells = [_us(ours), _fraction(ours), _us(eager), _us(flash)]
+            lines.append(f"| {key} | {batch} x {max_len // 1024}K | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def models_table(found: list[Row]) -> str:
+    """Every model of `shapes.json`: what decodes it and how fast."""
+    lines = [
+        "| model | heads / rope heads | dv + d_pe | decoded by | of read at 64 x 8K | us at 8 x 2K |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    long_cases = [case for case in SUITES["models"]() if case.batch == 64]
+    for case in long_cases:
+        shape = case.shape
+        lacks = tilelang_lacks(
+            shape, torch.float16, H100, softcap=case.softcap > 0, score_scale=case.score_scale, batch=case.batch
+        )
+        tiling = tile(shape, 64, 8192, H100.sm_count) if lacks is None else None
+        by = f"torch: {lacks}"
+        if tiling is not None:
+            groups = -(-shape.n_heads // tiling.block_h)
+            by = f"`{tiling.family}`, {groups} x {tiling.block_h} heads, {tiling.stages} stages"
+        name = "flexmla-torch" if lacks else "flexmla"
+        long, short = (find(found, "models", name, shape, *size) for size in ((64, 8192), (8, 2048)))
+        size = f"{shape.n_heads} / {shape.n_rope_heads} | {shape.dv} + {shape.d_pe}"
+        lines.append(f"| {case.label} | {size} | {by} | {_fraction(long)} | {_us(short).removesuffix(' us')} |")
+    return "\n".join(lines)
+
+
+def source(found: list[Row]) -> str:
+    """Where the figures come from, in a sentence."""
+    last = [row for row in found if row["suite"] == "llama2"][-1]
+    return (
+        f"Measured on {last['date'][:10]} on an {last['gpu']} that reads {last['read_gb_s']:.0f} GB/s, fp16, "
+        f"commit {last['commit'][:12]}."
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {"llama2": llama2_table, "models": models_table, "source": source}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
+
+
+def filled(text: str, found: list[Row]) -> str:
+    """A page with the tables between its marks."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}, by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = before + begin + "\n" + table(found) + "\n\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+def _us(row: Row | None) -> str:
+    return "" if row is None else f"{row['us']:.1f} us" if row["us"] < 100 else f"{row['us']:.0f} us"
+
+
+def _fraction(row: Row | None) -> str:
+    return "" if row is None else f"{row['frac_read']:.2f}".removeprefix("0")
+
+
+if __name__ == "__main__":
+    measured = rows()
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), measured), encoding="utf-8")
+    drawn = [row for row in measured if row["suite"] in ("llama2", "per-head") and row["name"] != "sdpa-mha"]
+    plot(drawn, ROOT / "docs" / "read.svg")

@@ -1,0 +1,44 @@
+"""The documentation shows what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from flexmla.bench.suites import SUITES
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+assert spec is not None
+assert spec.loader is not None
+tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tables)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_pages_hold_the_figures_of_the_rows(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text, tables.rows()) == text, "run: make tables"
+    assert "by benchmarks/tables.py" in text
+
+
+def test_every_model_has_its_figures():
+    lines = tables.models_table(tables.rows()).splitlines()[2:]
+    assert len(lines) == len(SUITES["models"]()) // 2
+    for line in lines:
+        fraction, us = (cell.strip() for cell in line.strip("|").split("|")[-2:])
+        assert float(fraction) > 0, line
+        assert float(us) > 0, line
+
+
+def test_tables_are_filled_between_their_marks():
+    page = "a\n<!-- source, by benchmarks/tables.py -->\nold\n<!-- end of source -->\nb"
+    row = {"suite": "llama2", "date": "2026-01-02T03:04:05", "gpu": "GPU", "read_gb_s": 3000.4, "commit": "a" * 40}
+    filled = tables.filled(page, [row])
+    assert filled.startswith(
+        "a\n<!-- source, by benchmarks/tables.py -->\n\nMeasured on 2026-01-02 on an GPU that reads 3000 GB/s"
+    )
+    assert filled.endswith("\n\n<!-- end of source -->\nb")
+    assert tables.filled(filled, [row]) == filled
