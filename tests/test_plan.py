@@ -131,6 +131,14 @@ def test_family_and_heads_of_known_shapes(shape: MLAShape, family: str, block_h:
     assert tiling.stages >= 2
 
 
+def test_small_pages_are_loaded_once() -> None:
+    heads = {}
+    for page_size in (None, 1, 32, 64):
+        made = make_plan(MLAShape(32, 1, 512, 16), 64, 8192, page_size=page_size, dtype=torch.float16, device=H100)
+        heads[page_size] = Tiling.from_ints(made.tiling).block_h
+    assert heads == {None: 16, 1: 32, 32: 32, 64: 16}
+
+
 def test_small_latents_share_an_sm() -> None:
     tiling = tile(MLAShape(16, 1, 128, 32), 64, 8192, 132)
     assert tiling is not None

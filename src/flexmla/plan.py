@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .shape import MLAShape
-from .tiling import tile
+from .tiling import BLOCK_N, tile
 
 HOPPER = (9, 0)
 MAX_DV = 512
@@ -176,7 +176,8 @@ def _plan(
     if not installed:
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
-    tiling = tile(shape, batch, max_len, record.sm_count, q_len)
+    gathered = page_size is not None and page_size < BLOCK_N
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 

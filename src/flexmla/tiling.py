@@ -15,6 +15,7 @@ BARRIER_BYTES = 256
 SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
+BLOCK_N = 64
 MAX_STAGES = 4
 GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
@@ -133,7 +134,7 @@ def _merge(shape: MLAShape, batch: int, q_len: int, workers: int, sm_count: int)
 
 def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
-    block_n = 64
+    block_n = BLOCK_N
     row_tiles = -(-max_len // block_n)
     candidates = [("few_heads", shape.n_heads)]
     if shape.dv % 128 == 0:  # its two warpgroups take half of dv each, in panels of 64
@@ -160,14 +161,22 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: in
                         yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
 
 
-def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1) -> Tiling | None:
-    """Kernel family, tile and grid for a shape; None where no tile of it fits an SM."""
+def tile(
+    shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1, gathered: bool = False
+) -> Tiling | None:
+    """Kernel family, tile and grid for a shape; None where no tile of it fits an SM.
+
+    Args:
+        gathered: whether tiles are loaded token by token, which is slow enough to load them once only.
+    """
 
     def tilings() -> Iterator[Tiling]:
         return _tilings(shape, sm_count, batch, max_len, q_len)
 
     best = next(tilings(), None)
-    if best is None or best.family != "few_heads" or best.block_h < shape.n_heads or best.stages >= GOOD_STAGES:
+    if best is None or gathered or best.family != "few_heads" or best.stages >= GOOD_STAGES:
+        return best
+    if best.block_h < shape.n_heads:
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
     halves = -(-shape.n_heads // 2)

@@ -41,7 +41,11 @@ def _compiled() -> None:
     sm_count = device_record("cuda").sm_count
     wanted = [(shape, dtype, 1, "contiguous") for shape in SHAPES for dtype in DTYPES]
     wanted += [tuple(specialisation) for specialisation in TILELANG.specialisations]
-    jobs = [(s, tile(s, 64, 8192, sm_count, q_len), d, q_len, loader) for s, d, q_len, loader in wanted]
+    jobs = [
+        (s, tile(s, 64, 8192, sm_count, q_len, small_pages), d, q_len, loader)
+        for s, d, q_len, loader in wanted
+        for small_pages in {"contiguous": [False], "pages": [False], "gather": [True], "scalar": [False, True]}[loader]
+    ]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
         problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]
     assert not problems, "\n".join(problems)
