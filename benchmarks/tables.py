@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,16 +74,21 @@ def models_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def source(found: list[Row]) -> str:
-    """Where the figures come from, in a sentence."""
-    last = [row for row in found if row["suite"] == "llama2"][-1]
+def source(found: list[Row], suite: str) -> str:
+    """Where the figures of a suite come from, in a sentence."""
+    last = [row for row in found if row["suite"] == suite][-1]
     return (
         f"Measured on {last['date'][:10]} on an {last['gpu']} that reads {last['read_gb_s']:.0f} GB/s, fp16, "
         f"commit {last['commit'][:12]}."
     )
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"llama2": llama2_table, "models": models_table, "source": source}
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "llama2": llama2_table,
+    "source of llama2": functools.partial(source, suite="llama2"),
+    "models": models_table,
+    "source of models": functools.partial(source, suite="models"),
+}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 
 

@@ -34,11 +34,11 @@ def test_every_model_has_its_figures():
 
 
 def test_tables_are_filled_between_their_marks():
-    page = "a\n<!-- source, by benchmarks/tables.py -->\nold\n<!-- end of source -->\nb"
+    page = "a\n<!-- source of llama2, by benchmarks/tables.py -->\nold\n<!-- end of source of llama2 -->\nb"
     row = {"suite": "llama2", "date": "2026-01-02T03:04:05", "gpu": "GPU", "read_gb_s": 3000.4, "commit": "a" * 40}
     filled = tables.filled(page, [row])
     assert filled.startswith(
-        "a\n<!-- source, by benchmarks/tables.py -->\n\nMeasured on 2026-01-02 on an GPU that reads 3000 GB/s"
+        "a\n<!-- source of llama2, by benchmarks/tables.py -->\n\nMeasured on 2026-01-02 on an GPU that reads 3000 GB/s"
     )
-    assert filled.endswith("\n\n<!-- end of source -->\nb")
+    assert filled.endswith("\n\n<!-- end of source of llama2 -->\nb")
     assert tables.filled(filled, [row]) == filled
