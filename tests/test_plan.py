@@ -88,14 +88,27 @@ def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
             assert keys * shape.d_pe <= rope_tile_width(shape, tiling.block_h)
 
 
-def test_groups_are_even() -> None:
+def test_groups_of_heads_with_keys_of_their_own_are_even() -> None:
     """A group of fewer heads would load fewer rotary keys and wait for the others."""
     for shape in shapes():
         tiling = tile(shape, 64, 8192, H100.sm_count)
         assert tiling is not None
-        if tiling.family == "few_heads":
+        if tiling.family == "few_heads" and shape.n_rope_heads == shape.n_heads:
             groups = -(-shape.n_heads // tiling.block_h)
             assert tiling.block_h == -(-shape.n_heads // groups), (shape, tiling)
+
+
+def test_even_groups_do_not_lie_across_more_keys() -> None:
+    shape = MLAShape(28, 7, 384, 128)  # 8 heads have 2 keys, 7 can have 3
+    tiling = tile(shape, 64, 8192, H100.sm_count)
+    assert tiling is not None
+    assert (tiling.block_h, rope_tile_width(shape, tiling.block_h)) == (8, 256)
+
+
+def test_halves_stay_in_their_family() -> None:
+    tiling = tile(MLAShape(24, 4, 128, 64), 64, 8192, H100.sm_count, 4)
+    assert tiling is not None
+    assert tiling.family == "few_heads"
 
 
 @pytest.mark.parametrize("device", [H100, SMALLER])

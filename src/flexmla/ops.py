@@ -103,7 +103,7 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
     name, tiling = _choose(*operands)
     if name != "tilelang":
         return None
-    softmax_scale, _, causal = operands[9:12]
+    softmax_scale, causal = float(operands[9]), operands[11]
     launch = _tilelang().launcher(*operands[:7], softmax_scale, causal, tiling, out, lse)
     if launch is None:
         return None

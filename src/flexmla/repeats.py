@@ -82,7 +82,7 @@ def _is_eligible(q_nope: Any) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something follows or replaces operators: a mode, a transform, a trace, a profiler."""
+    """Whether something follows or replaces operators: a mode (as of a default device), transform, trace, profiler."""
     return (
         _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0

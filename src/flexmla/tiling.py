@@ -144,8 +144,11 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: in
         candidates.append(("many_heads", min(-(-even // step) * step, 64 // q_len) if groups > 1 else even))
     for most_queries in (32, 16, 8):
         if q_len <= most_queries < shape.n_heads * q_len:
-            groups = -(-shape.n_heads // (most_queries // q_len))
-            candidates.append(("few_heads", -(-shape.n_heads // groups)))  # even: rotary keys are shared out with heads
+            full = most_queries // q_len
+            even = -(-shape.n_heads // -(-shape.n_heads // full))
+            # Rotary keys are shared out with the heads, but even groups may lie across the keys of grouped heads.
+            wider = rope_tile_width(shape, even) > rope_tile_width(shape, full)
+            candidates.append(("few_heads", full if wider else even))
     for least_stages in (2, 1):
         for family, block_h in candidates:
             registers = _registers(shape, family, block_h * q_len, block_n)
@@ -180,4 +183,5 @@ def tile(
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
     halves = -(-shape.n_heads // 2)
-    return next((t for t in tilings() if t.block_h == halves and t.stages >= GOOD_STAGES), best)
+    wanted = ("few_heads", halves)
+    return next((t for t in tilings() if (t.family, t.block_h) == wanted and t.stages >= GOOD_STAGES), best)

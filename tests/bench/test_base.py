@@ -45,8 +45,9 @@ def test_rows_survive_a_miss_and_failures_are_told(checkout):
     program = checkout / "src" / "flexmla" / "__main__.py"
     program.write_text(PROGRAM + "sys.exit(1)")
     assert len(base_rows(checkout, [], "abc")) == 1
-    program.write_text("import sys; sys.exit('error: no such suite')")
-    assert base_rows(checkout, [], "abc") == []  # exit code 1 and no rows: everything missed
+    program.write_text("raise ImportError('no TileLang here')")  # exit code 1, as for a miss
+    with pytest.raises(RuntimeError, match="failed: ImportError: no TileLang here"):
+        base_rows(checkout, [], "abc")
     program.write_text("import sys; print('error: no such suite', file=sys.stderr); sys.exit(2)")
     with pytest.raises(RuntimeError, match=r"bench of base .*other' failed: error: no such suite"):
         base_rows(checkout, [], "abc")

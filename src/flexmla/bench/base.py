@@ -52,15 +52,17 @@ def base_rows(checkout: Path, arguments: Sequence[str], commit: str) -> list[Row
         command = [sys.executable, "-m", "flexmla", "bench", *arguments, "--no-peers", "--json", str(rows)]
         done = subprocess.run(
             [*command, "--commit", commit],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "FLEXMLA_DEBUG": ""},  # errors as sentences, with exit code 2
             cwd=folder,  # where no flexmla is beside the command
             capture_output=True,
             text=True,
         )
-        if done.returncode not in (0, 1):  # 1: a result missed its bound; it has no row
+        measured = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+        # 1 is a result out of its bound, which has no row; or a crash
+        if done.returncode not in (0, 1) or not measured:
             said = (done.stderr or done.stdout).strip().splitlines()
             raise RuntimeError(f"bench of base {str(checkout)!r} failed: {said[-1] if said else 'it said nothing'}")
-        return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
+        return [json.loads(line) for line in measured]
 
 
 def comparison(rows: Sequence[Row], base: Sequence[Row], title: str) -> Table:
