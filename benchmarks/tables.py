@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexmla.bench.report import plot
+from flexmla.bench.report import Row, plot
 from flexmla.bench.suites import PER_HEAD, SHARED, SUITES
 from flexmla.plan import HOPPER, DeviceRecord, tilelang_lacks
 from flexmla.tiling import tile
@@ -18,7 +18,6 @@ from flexmla.tiling import tile
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "h100.jsonl"
 H100 = DeviceRecord(HOPPER, 132, "NVIDIA H100")
-Row = dict[str, Any]
 
 
 def rows() -> list[Row]:
@@ -115,4 +114,4 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), measured), encoding="utf-8")
     drawn = [row for row in measured if row["suite"] in ("llama2", "per-head") and row["name"] != "sdpa-mha"]
-    plot(drawn, ROOT / "docs" / "read.svg")
+    plot(drawn, ROOT / "docs" / "read.png")

@@ -214,10 +214,7 @@ def mla_decode(
     if out is None and lse is None:
         out, lse = ops.mla_decode(*operands)
     else:
-        if out is None:
-            out = q_nope.new_empty((batch, q_len, n_heads, width))
-        if lse is None:
-            lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+        out, lse = ops.results(q_nope, width, out, lse)
         ops.mla_decode_out(*operands, out, lse)
     if signature is not None:
         repeats.remember(signature, ops.launcher(operands, *given), plan)

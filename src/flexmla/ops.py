@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends.choice import Call, choose
 from .backends.torch import decode as decode_torch
+from .tiling import BLOCK_N
 
 _ARGUMENTS = (
     "Tensor q_nope, Tensor? q_pe, Tensor ckv_cache, Tensor? kpe_cache, Tensor? seq_lens, Tensor? block_table, "
@@ -38,15 +39,10 @@ _library.define(f"mla_decode.out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse) -
 
 def _run(out: Tensor, lse: Tensor, *operands: Any) -> None:
     """Runs a call on the backend that suits it, writing into `out` and `lse`."""
-    q_nope, backend = operands[0], operands[12]
-    if q_nope.shape[0] == 0:
+    if operands[0].shape[0] == 0:
         return
-    decode: Any = decode_torch
-    tiling: Sequence[int] = ()
-    if backend != "torch" and (backend == "tilelang" or q_nope.is_cuda):
-        name, tiling = _choose(*operands)
-        if name == "tilelang":
-            decode = _tilelang().decode
+    name, tiling = _choose(*operands)
+    decode: Any = _tilelang().decode if name == "tilelang" else decode_torch
     decode(*operands[:12], tiling, out, lse)
 
 
@@ -70,7 +66,7 @@ def _choose(
     batch, q_len, n_heads, dv = q_nope.shape
     page_size = 0 if block_table is None else ckv_cache.shape[1]
     max_len = ckv_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
-    max_len = -(-max_len // 64) * 64  # rounded, so that a cache that grows by a token is rarely new
+    max_len = -(-max_len // BLOCK_N) * BLOCK_N  # whole tiles, so that a cache that grows by a token is rarely new
     n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
     v_width = None if v_cache is None else v_cache.shape[2]
     flags = (softcap > 0, score_scale is not None)
@@ -98,7 +94,7 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
         calls have to go through the operator.
     """
     batch, q_len, n_heads, dv = operands[0].shape
-    if batch == 0 or operands[12] == "torch":
+    if batch == 0:
         return None
     name, tiling = _choose(*operands)
     if name != "tilelang":
@@ -115,11 +111,8 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
         *inputs, out, lse = tensors
         q_nope = inputs[0]
         given = out is not None or lse is not None
-        if out is None:
-            out = q_nope.new_empty((batch, q_len, n_heads, dv))
-        if lse is None:
-            lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
-        if given:
+        out, lse = results(q_nope, dv, out, lse)
+        if given:  # looked at as in `_refuse_overlap`, with the sizes known
             out_start, lse_start = out.data_ptr(), lse.data_ptr()
             out_end, lse_end = out_start + out_bytes, lse_start + lse_bytes
             apart = out_end <= lse_start or lse_end <= out_start
@@ -128,7 +121,7 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
                 end = start + span
                 if (start < out_end and out_start < end) or (start < lse_end and lse_start < end):
                     apart = False
-            if not apart:  # by their bounds: views that interleave in one buffer are
+            if not apart:  # by their bounds; views that interleave in one buffer still are
                 _refuse_overlap(inputs, out, lse)
         launch(*inputs, softmax_scale, out, lse)
         return out, lse
@@ -136,11 +129,19 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
     return run
 
 
+def results(q_nope: Tensor, width: int, out: Tensor | None = None, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`out` `[batch, q_len, n_heads, width]` and `lse` `[batch, n_heads, q_len]`: allocated where not given."""
+    batch, q_len, n_heads, _ = q_nope.shape
+    if out is None:
+        out = q_nope.new_empty((batch, q_len, n_heads, width))
+    if lse is None:
+        lse = q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+    return out, lse
+
+
 def _empty_results(*arguments: Any) -> tuple[Tensor, Tensor]:
     q_nope, v_cache = arguments[0], arguments[7]
-    batch, q_len, n_heads, dv = q_nope.shape
-    out = q_nope.new_empty((batch, q_len, n_heads, dv if v_cache is None else v_cache.shape[2]))
-    return out, q_nope.new_empty((batch, n_heads, q_len), dtype=torch.float32)
+    return results(q_nope, q_nope.shape[3] if v_cache is None else v_cache.shape[2])
 
 
 def _functional(*arguments: Any) -> tuple[Tensor, Tensor]:

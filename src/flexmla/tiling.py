@@ -177,11 +177,8 @@ def tile(
         return _tilings(shape, sm_count, batch, max_len, q_len)
 
     best = next(tilings(), None)
-    if best is None or gathered or best.family != "few_heads" or best.stages >= GOOD_STAGES:
-        return best
-    if best.block_h < shape.n_heads:
+    whole, halves = (("few_heads", -(-shape.n_heads // groups)) for groups in (1, 2))
+    if best is None or gathered or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
-    halves = -(-shape.n_heads // 2)
-    wanted = ("few_heads", halves)
-    return next((t for t in tilings() if (t.family, t.block_h) == wanted and t.stages >= GOOD_STAGES), best)
+    return next((t for t in tilings() if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES), best)

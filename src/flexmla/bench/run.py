@@ -58,14 +58,10 @@ class Rig:
         return cls(device, GraphTimer(device), torch.cuda.get_device_properties(device).L2_cache_size, free_bytes)
 
     @classmethod
-    def host(cls, device: torch.device) -> Rig:
-        """Any device, timed on the host: one small set of inputs, always the same."""
-        return cls(device, HostTimer(device), 0, lambda: sys.maxsize)
-
-    @classmethod
-    def before_launch(cls, device: torch.device) -> Rig:
-        """The host's part of a call alone, for the TileLang backend."""
-        return cls(device, HostTimer(device, launching=False), 0, lambda: sys.maxsize, "-before-launch")
+    def host(cls, device: torch.device, launching: bool = True) -> Rig:
+        """Any device, timed on the host, with the launch or up to it: one small set of inputs, always the same."""
+        part = "" if launching else "-before-launch"
+        return cls(device, HostTimer(device, launching=launching), 0, lambda: sys.maxsize, part)
 
 
 @dataclass
@@ -275,7 +271,7 @@ def run(
         outcome = host_time(Rig.host(device))
         misses += _tell(outcome, console)
         if any(result.name == "flexmla" for result in outcome.results):  # the TileLang backend ran
-            misses += _tell(host_time(Rig.before_launch(device)), console)
+            misses += _tell(host_time(Rig.host(device, launching=False)), console)
     return misses
 
 

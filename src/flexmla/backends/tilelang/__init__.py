@@ -225,9 +225,8 @@ def _is_aligned(tensor: Tensor) -> bool:
     """Whether base and strides are what TMA takes."""
     *outer, last = tensor.stride()
     width = tensor.element_size()
-    return (
-        last == 1 and tensor.data_ptr() % 16 == 0 and all(step * width % 16 == 0 < step < 2**31 for step in outer)
-    )  # fmt: skip
+    steps_fit = all(step * width % 16 == 0 < step < 2**31 for step in outer)
+    return steps_fit and last == 1 and tensor.data_ptr() % 16 == 0
 
 
 def _aligned(tensor: Tensor) -> Tensor:
