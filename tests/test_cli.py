@@ -151,6 +151,14 @@ def test_bench_measures_the_overhead_alone_or_beside_suites(calls):
     assert {case.suite for case in calls["bench.run"]["cases"]} == {"mtp"}
 
 
+def test_bench_measures_first_calls_alone_or_beside_suites(calls):
+    run("bench", "--cold-start", "--device", "cpu")
+    assert calls["bench.run"]["cases"] == calls["bench.run"]["overhead"] == []
+    assert {case.shape.n_heads for case in calls["bench.run"]["cold"]} == {32, 64}
+    run("bench", "mtp", "--device", "cpu")
+    assert calls["bench.run"]["cold"] == []
+
+
 def test_bench_asks_a_base_for_the_same_cases(calls, tmp_path):
     run("bench", "mtp", "ragged", "--dtype", "bf16", "--base", str(tmp_path), "--device", "cpu")
     assert calls["bench.run"]["base"] == tmp_path

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_small_pages_are_loaded_once() -> None:
         made = make_plan(MLAShape(32, 1, 512, 16), 64, 8192, page_size=page_size, dtype=torch.float16, device=H100)
         heads[page_size] = Tiling.from_ints(made.tiling).block_h
     assert heads == {None: 16, 1: 32, 32: 32, 64: 16}
+
+
+def test_fast_memory_is_read_once() -> None:
+    h200 = DeviceRecord((9, 0), 132, "H200", memory_gb_s=4916)
+    h100 = DeviceRecord((9, 0), 132, "H100", memory_gb_s=3352)
+    for device, block_h in ((h200, 32), (h100, 16), (h200, 32)):
+        made = make_plan(MLAShape(32, 1, 512, 16), 64, 8192, dtype=torch.float16, device=device)
+        assert Tiling.from_ints(made.tiling).block_h == block_h
+
+
+def test_the_bandwidth_of_a_device_follows_from_its_clock_and_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = {"major": 9, "minor": 0, "multi_processor_count": 132, "name": "H100"}
+    clock = {"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for index, known, gb_s in ((0, properties | clock, 3352), (1, properties, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, known=known: SimpleNamespace(**known))
+        assert round(PLAN_MODULE._cuda_record.__wrapped__(index).memory_gb_s) == gb_s
 
 
 def test_small_latents_share_an_sm() -> None:

@@ -198,6 +198,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="fp16 or bf16.")] = "fp16",
     peers: Annotated[bool, typer.Option(help="Time eager MLA and SDPA on the original MHA too.")] = True,
     overhead: Annotated[bool, typer.Option("--overhead", help="Measure the host's time of an eager call too.")] = False,
+    cold_start: Annotated[
+        bool, typer.Option("--cold-start", help="Measure the first call of a new process too.")
+    ] = False,
     device: Device = None,
     json: Annotated[Path | None, typer.Option(help="Append a row a measurement to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw fraction of read over bytes to this file.")] = None,
@@ -208,6 +211,7 @@ def bench(
 ) -> None:
     """Measure decode steps against the machine's limits; exit code 1 where a result is wrong."""
     from .bench.case import Case
+    from .bench.cold import cold_cases
     from .bench.run import run
     from .bench.suites import overhead_cases, suite_cases
     from .shape import MLAShape
@@ -218,7 +222,7 @@ def bench(
     if n_heads is None:
         if given:
             raise ValueError(f"bench takes {given[0]} for a shape by flags, with --n-heads, got no --n-heads")
-        selected = suites or ([] if overhead else ["llama2"])
+        selected = suites or ([] if overhead or cold_start else ["llama2"])
         cases = suite_cases(selected, chosen)
     elif suites:
         raise ValueError(f"bench takes suites or a shape by flags, got {suites} and --n-heads {n_heads}")
@@ -242,6 +246,7 @@ def bench(
         commit=commit,
         console=wide_console(),
         overhead=overhead_cases(chosen) if overhead else [],
+        cold=cold_cases() if cold_start else [],
         base=base,
         base_arguments=[*selected, "--dtype", dtype, *(["--device", device] if device else [])],
     )

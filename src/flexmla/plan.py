@@ -12,6 +12,7 @@ from .shape import MLAShape
 from .tiling import BLOCK_N, tile
 
 HOPPER = (9, 0)
+HALVES_UP_TO = 4000  # GB/s of memory: with more, reading the latent again from L2 costs more than a third tile gives
 MAX_DV = 512
 MAX_BATCH = 65535  # the second dimension of a grid
 MAX_ROPE_ROW = 1024
@@ -27,11 +28,13 @@ class DeviceRecord:
         capability: CUDA compute capability, `(0, 0)` for a CPU.
         sm_count: streaming multiprocessors, 0 for a CPU.
         name: for people.
+        memory_gb_s: peak bandwidth of its memory by clock and bus, GB/s; 0 where it is not known.
     """
 
     capability: tuple[int, int]
     sm_count: int
     name: str = field(default="", compare=False)
+    memory_gb_s: float = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ def _cuda_record(index: int) -> DeviceRecord:
     if index >= count:
         raise ValueError(f"device must be one that PyTorch finds ({count} CUDA GPUs), got 'cuda:{index}'")
     properties = torch.cuda.get_device_properties(index)
-    return DeviceRecord((properties.major, properties.minor), properties.multi_processor_count, properties.name)
+    # kHz and bits, two transfers a clock; not in every release of PyTorch
+    kbit_s = 2 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0)
+    capability, memory_gb_s = (properties.major, properties.minor), kbit_s / 8e6
+    return DeviceRecord(capability, properties.multi_processor_count, properties.name, memory_gb_s)
 
 
 def device_record(device: torch.device | str | DeviceRecord) -> DeviceRecord:
@@ -167,6 +173,7 @@ def _plan(
     page_size: int | None,
     dtype: torch.dtype,
     record: DeviceRecord,
+    fast_memory: bool,
     lacks: str | None,
     installed: bool,
 ) -> DecodePlan:
@@ -177,7 +184,7 @@ def _plan(
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
     gathered = page_size is not None and page_size < BLOCK_N
-    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered)
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered or fast_memory)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 
@@ -221,4 +228,6 @@ def plan(
     lacks = tilelang_lacks(
         shape, dtype, record, q_len=q_len, page_size=page_size, v_cache=shape.v_width is not None, batch=batch
     )
-    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, lacks, lacks is None and tilelang_installed())
+    fast_memory = record.memory_gb_s > HALVES_UP_TO
+    installed = lacks is None and tilelang_installed()
+    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, fast_memory, lacks, installed)

@@ -164,13 +164,12 @@ def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: in
                         yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
 
 
-def tile(
-    shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1, gathered: bool = False
-) -> Tiling | None:
+def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1, once: bool = False) -> Tiling | None:
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM.
 
     Args:
-        gathered: whether tiles are loaded token by token, which is slow enough to load them once only.
+        once: whether the latent is not to be read again for a third tile in flight: where tiles are loaded token by
+            token, or where L2 is little faster than the memory.
     """
 
     def tilings() -> Iterator[Tiling]:
@@ -178,7 +177,7 @@ def tile(
 
     best = next(tilings(), None)
     whole, halves = (("few_heads", -(-shape.n_heads // groups)) for groups in (1, 2))
-    if best is None or gathered or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
+    if best is None or once or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
     return next((t for t in tilings() if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES), best)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from flexmla import MLAShape
 from flexmla.bench import peers
 from flexmla.bench.case import Case
-from flexmla.bench.inputs import LatentInputs, MHAInputs
+from flexmla.bench.inputs import READ_CHUNK, LatentInputs, MHAInputs, ReadInputs
 from flexmla.bench.peers import flexmla_contender, peers_of, sdpa_mha, torch_eager
 from flexmla.check import bounds, row_errors
 from flexmla.plan import DeviceRecord
@@ -48,6 +50,25 @@ def test_sdpa_is_right():
     assert row_errors(out, right_lse, right, right_lse).within(bounds(case.dtype))
 
 
+def test_the_read_moves_the_bytes_of_a_step_and_its_sums_are_checked(monkeypatch):
+    class read_sum:  # in place of the Triton kernel: a program a chunk
+        def __class_getitem__(cls, grid):
+            def launch(src, sums, rounds, block, loads, num_warps):
+                assert (rounds * block * loads, *grid) == (READ_CHUNK, src.shape[0])
+                sums.copy_(src.sum(1, dtype=torch.int32))
+
+            return launch
+
+    monkeypatch.setitem(sys.modules, "flexmla.bench.read_kernel", SimpleNamespace(read_sum=read_sum))
+    case = Case("shape", MLAShape(6, 1, 64, 16), 3, 3000)
+    inputs = ReadInputs.random(case, CPU, torch.Generator().manual_seed(0))
+    assert 0 <= case.n_bytes - inputs.chunks.nbytes < 4 * READ_CHUNK
+    (sums, _), (right, nothing) = peers.read(inputs), inputs.expected()
+    assert row_errors(sums, nothing, right, nothing) == (0, 0)
+    sums[0, 0, -1] += 1
+    assert row_errors(sums, nothing, right, nothing).row > 0
+
+
 @pytest.mark.parametrize(
     ("case", "name"),
     [
@@ -74,4 +95,4 @@ def test_peers_stand_beside_one_query_token_and_full_contiguous_rows_only():
 
 
 def test_names_are_what_rows_are_told_apart_by():
-    assert [peer.name for peer in peers.PEERS] == ["torch-eager", "sdpa-mha"]
+    assert [peer.name for peer in peers.PEERS] == ["read", "torch-eager", "sdpa-mha"]

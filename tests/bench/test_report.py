@@ -69,6 +69,7 @@ def test_speed_up_is_over_the_fastest_peer():
     assert [speed_up(result, results) for result in results] == [3.0, None, None]
     assert speed_up(results[0], results[:1]) is None
     assert speed_up(measured("flexmla-torch", 1200.0), results[1:]) == 0.5
+    assert speed_up(results[0], [*results, measured("read", 1.0)]) == 3.0  # no peer
 
 
 def test_the_table_shows_each_result(capsys):

@@ -12,9 +12,10 @@ from flexmla import MLAShape
 from flexmla.bench import ceilings, run
 from flexmla.bench.case import Case
 from flexmla.bench.ceilings import Ceilings
+from flexmla.bench.cold import measure_cold
 from flexmla.bench.inputs import LatentInputs, MHAInputs
 from flexmla.bench.peers import PEERS, Contender, flexmla_contender
-from flexmla.bench.report import KEYS
+from flexmla.bench.report import FLOOR, KEYS
 from flexmla.bench.run import Rig, checkout_commit, measure_case, measure_suite
 from flexmla.bench.timing import GraphTimer
 
@@ -39,6 +40,9 @@ class FixedTimer:
         self.released += 1
 
 
+PYTORCH = tuple(peer for peer in PEERS if peer.name != FLOOR)  # the floor needs Triton
+
+
 def rig(l2_bytes: int = 0, free_bytes: int = 10**9) -> Rig:
     return Rig(CPU, FixedTimer(), l2_bytes, lambda: free_bytes)
 
@@ -55,7 +59,7 @@ def broken(name: str, failure: Exception) -> Contender:
 
 
 def test_every_contender_is_measured_on_its_own_bytes():
-    outcome = measure_case(CASE, (flexmla_contender(CASE, CPU), *PEERS), rig())
+    outcome = measure_case(CASE, (flexmla_contender(CASE, CPU), *PYTORCH), rig())
     assert [result.name for result in outcome.results] == ["flexmla-torch", "torch-eager", "sdpa-mha"]
     assert [result.us for result in outcome.results] == [5.0] * 3
     assert [result.n_bytes for result in outcome.results] == [CASE.n_bytes, CASE.n_bytes, MHAInputs.n_bytes(CASE)]
@@ -92,7 +96,7 @@ def test_a_wrong_result_is_a_miss_and_not_timed(part):
 
 
 def test_a_failure_of_flexmla_is_a_miss_and_the_others_go_on():
-    contenders = (broken("flexmla", RuntimeError("no nvcc\nlong log")), *PEERS)
+    contenders = (broken("flexmla", RuntimeError("no nvcc\nlong log")), *PYTORCH)
     outcome = measure_case(CASE, contenders, rig())
     assert outcome.misses == ["flexmla, shape 4/2 64+16 2 x 50: no nvcc"]
     assert [result.name for result in outcome.results] == ["torch-eager", "sdpa-mha"]
@@ -117,7 +121,7 @@ def test_what_the_device_has_no_room_or_kernel_for_is_skipped(name, failure, sai
 def test_inputs_that_do_not_fit_are_skipped():
     free = (CASE.n_bytes + MHAInputs.n_bytes(CASE)) // 2
     assert CASE.n_bytes < 0.9 * free < MHAInputs.n_bytes(CASE)
-    outcome = measure_case(CASE, PEERS, rig(free_bytes=free))
+    outcome = measure_case(CASE, PYTORCH, rig(free_bytes=free))
     assert [result.name for result in outcome.results] == ["torch-eager"]
     (skipped,) = outcome.skipped
     assert skipped.startswith("sdpa-mha, shape 4/2 64+16 2 x 50: needs ")
@@ -128,12 +132,12 @@ def test_inputs_that_find_no_room_are_skipped(monkeypatch):
         raise torch.OutOfMemoryError("big")
 
     monkeypatch.setattr(MHAInputs, "random", random)
-    outcome = measure_case(CASE, PEERS, rig())
+    outcome = measure_case(CASE, PYTORCH, rig())
     assert [result.name for result in outcome.results] == ["torch-eager"]
     assert outcome.skipped == ["sdpa-mha, shape 4/2 64+16 2 x 50: no room for the inputs"]
 
 
-@pytest.mark.parametrize(("others", "names"), [(lambda case: PEERS, 3), (lambda case: (), 1)])
+@pytest.mark.parametrize(("others", "names"), [(lambda case: PYTORCH, 3), (lambda case: (), 1)])
 def test_a_suite_hands_on_each_case_as_it_ends(others, names):
     kept = []
     cases = [CASE, Case("shape", MLAShape(4, 1, 64, 16), 2, 50)]
@@ -149,6 +153,7 @@ def gpu_that_is_a_cpu(monkeypatch):
     monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda device: "Test GPU")
     monkeypatch.setattr(Rig, "cuda", classmethod(lambda cls, device: rig()))
     monkeypatch.setattr(ceilings, "measure", lambda timer, device: limits)
+    monkeypatch.setattr(run, "peers_of", lambda case: PYTORCH)
     return limits
 
 
@@ -268,8 +273,21 @@ def test_the_overhead_is_measured_on_any_device_and_has_no_rates(tmp_path):
     assert "us on the host" in console.file.getvalue()
 
 
+def test_first_calls_are_made_by_new_processes(tmp_path):
+    console, path = quiet(), tmp_path / "rows.jsonl"
+    case = Case("cold-start", MLAShape(4, 2, 64, 16), 2, 48)
+    options = {"peers": True, "plot_path": None, "commit": "abc", "console": console}
+    assert run.run([], device=CPU, json_path=path, cold=[case], **options) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["flexmla-first-call", "flexmla-first-call-cached", "tilelang-import"]
+    assert all(row["us"] > 0 for row in rows[:2])
+    assert 0 < rows[0]["max_row_err"] < 2e-3
+    with pytest.raises(RuntimeError, match=r"flexmla-first-call of .* failed: RuntimeError: .*nowhere"):
+        measure_cold([case], "nowhere")
+
+
 def test_a_plot_needs_cases(tmp_path):
-    with pytest.raises(ValueError, match="a plot needs suites or a shape, got the overhead alone"):
+    with pytest.raises(ValueError, match="a plot needs suites or a shape, got none"):
         run.run([], device=CPU, peers=True, json_path=None, plot_path=tmp_path / "x.png", commit="a", console=quiet())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .case import Case
 
 MHA_HEAD_DIM = 128
+READ_CHUNK = 16384  # int32 values that one program reads
 
 
 class Inputs(Protocol):
@@ -212,6 +213,42 @@ class MHAInputs:
                 scores = torch.einsum("hid,htd->hit", q.float(), k.float()) * MHA_HEAD_DIM**-0.5
                 rows.append((torch.einsum("hit,htd->ihd", scores.softmax(-1), v.float()), scores.logsumexp(-1)))
         return torch.stack([out for out, _ in rows]), torch.stack([lse for _, lse in rows])
+
+
+@dataclass(frozen=True)
+class ReadInputs:
+    """As many bytes as a step must move, for a contender that only reads them.
+
+    Attributes:
+        case: the latent case it stands beside.
+        chunks: int32 `[n_chunks, READ_CHUNK]`; what is left over of the bytes is not there.
+    """
+
+    case: Case
+    chunks: Tensor
+
+    @classmethod
+    def random(cls, case: Case, device: torch.device, generator: torch.Generator) -> ReadInputs:
+        size = (max(1, case.n_bytes // (4 * READ_CHUNK)), READ_CHUNK)
+        return cls(case, torch.randint(-(2**31), 2**31, size, dtype=torch.int32, device=device, generator=generator))
+
+    @staticmethod
+    def n_bytes(case: Case) -> int:
+        return case.n_bytes
+
+    @staticmethod
+    def held_bytes(case: Case) -> int:
+        return case.n_bytes
+
+    @staticmethod
+    def flop(case: Case) -> int:
+        return 0
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """The sum of each chunk, as int32 wraps: `[1, 1, n_chunks, 1]`, and nothing else to compare."""
+        sums = torch.stack([chunk.sum(dtype=torch.int64) for chunk in self.chunks])
+        wrapped = (sums + 2**31) % 2**32 - 2**31
+        return wrapped.int()[None, None, :, None], torch.zeros((1, 1, 1), device=sums.device)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is timed: flexmla itself, and the peers that PyTorch brings."""
+"""What is timed: flexmla itself, the peers that PyTorch brings, and the floor, a read of the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import flexmla
 from flexmla.plan import device_record, tilelang_lacks
 
 from .case import Case
-from .inputs import Inputs, LatentInputs, MHAInputs
+from .inputs import READ_CHUNK, Inputs, LatentInputs, MHAInputs, ReadInputs
+from .report import FLOOR
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,18 @@ def sdpa_mha(inputs: MHAInputs) -> tuple[Tensor, None]:
         return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v).transpose(1, 2), None
 
 
+def read(inputs: ReadInputs) -> tuple[Tensor, None]:
+    """No peer but the floor: the step's bytes are read and added up, and nothing else is done."""
+    from .read_kernel import read_sum
+
+    n_chunks = inputs.chunks.shape[0]
+    sums = inputs.chunks.new_empty(n_chunks)
+    read_sum[(n_chunks,)](inputs.chunks, sums, 1, READ_CHUNK // 4, 4, num_warps=4)
+    return sums[None, None, :, None], None
+
+
 PEERS = (
+    Contender(FLOOR, ReadInputs, read),
     Contender("torch-eager", LatentInputs, torch_eager),
     Contender("sdpa-mha", MHAInputs, sdpa_mha),
 )

@@ -1,4 +1,4 @@
-"""The streaming read that the read ceiling is measured with; needs Triton, which comes with CUDA builds of PyTorch."""
+"""The streaming read of ceilings and of a case's bytes; needs Triton, which comes with CUDA builds of PyTorch."""
 
 from __future__ import annotations
 

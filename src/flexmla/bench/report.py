@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+FLOOR = "read"  # name of what reads a step's bytes and does nothing else: no peer
+
 KEYS = (
     "gpu",
     "driver",
@@ -150,7 +152,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def speed_up(measured: Measured, of_case: Sequence[Measured]) -> float | None:
     """How many times faster than the fastest peer of the same case; None for a peer, and where no peer ran."""
-    peers = [other.us for other in of_case if not is_flexmla(other.name)]
+    peers = [other.us for other in of_case if not is_flexmla(other.name) and other.name != FLOOR]
     return min(peers) / measured.us if peers and is_flexmla(measured.name) else None
 
 

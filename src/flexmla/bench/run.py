@@ -24,6 +24,7 @@ from . import ceilings
 from .base import base_rows, base_source, comparison
 from .case import Case
 from .ceilings import Ceilings
+from .cold import measure_cold
 from .inputs import Inputs
 from .peers import Contender, flexmla_contender, peers_of
 from .report import Machine, Measured, Row, append_rows, figure_class, is_flexmla, overhead_table, plot, row, table
@@ -174,6 +175,7 @@ def run(
     commit: str | None,
     console: Console,
     overhead: Sequence[Case] = (),
+    cold: Sequence[Case] = (),
     base: Path | None = None,
     base_arguments: Sequence[str] = (),
 ) -> int:
@@ -181,13 +183,14 @@ def run(
 
     Args:
         cases: what to measure, suite by suite.
-        device: a CUDA device; any device where there are no cases but those of `overhead`.
+        device: a CUDA device; any device where there are no cases but those of `overhead` and `cold`.
         peers: whether to time the peers too.
         json_path: file to append a row a measurement to, as each case ends.
         plot_path: file to draw to.
         commit: for the rows; default: what git says of the checkout that this package runs from.
         console: where to print.
         overhead: what to measure the host's time of an eager call with, after the cases.
+        cold: what to measure the first call of a new process with, last.
         base: another checkout, whose code measures the same cases afterwards; its rows go to `json_path` too.
         base_arguments: what asks its bench command for these cases.
 
@@ -203,11 +206,11 @@ def run(
             raise ValueError(f"bench takes float16 and bfloat16, got {str(case.dtype).removeprefix('torch.')}")
     if plot_path is not None:
         if not cases:
-            raise ValueError("a plot needs suites or a shape, got the overhead alone")
+            raise ValueError("a plot needs suites or a shape, got none")
         figure_class()  # a missing package is told before anything is measured
     if base is not None:
         if not cases:
-            raise ValueError("a base needs suites or a shape, got the overhead alone")
+            raise ValueError("a base needs suites or a shape, got none")
         base_commit = checkout_commit(base_source(base) / "flexmla") or "base"
     commit = commit or checkout_commit(Path(flexmla.__file__).parent)
     if commit is None and json_path is not None:
@@ -272,6 +275,11 @@ def run(
         misses += _tell(outcome, console)
         if any(result.name == "flexmla" for result in outcome.results):  # the TileLang backend ran
             misses += _tell(host_time(Rig.host(device, launching=False)), console)
+    if cold:
+        with console.status("measuring first calls"):
+            firsts = measure_cold(cold, device)
+        write(firsts, None)
+        console.print(overhead_table(firsts, f"cold start, {machine.gpu}"))
     return misses
 
 

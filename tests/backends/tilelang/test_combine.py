@@ -4,25 +4,34 @@
 import ctypes
 import math
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from .emulated import BLOCK_N, Piece, cut, emulated, row_tiles
+
 tilelang = pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
 T = pytest.importorskip("tilelang.language")
 
-BLOCK_N = 64
-WARPS_CPP = Path(__file__).with_name("warps.cpp")
 NAN = float("nan")
 
 
-def source(n_heads: int, q_len: int, dv: int) -> str:
-    """The combine alone, in float32, as CUDA."""
+RUN = """
+extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, const float *part, const float *part_lse,
+                    const int *seq_lens, const int *starts, int capacity, int has_starts, int log_parts, int log_ways,
+                    int workers) {
+  for_each_warp(blocks, rows, warps, [&] {
+    decode_kernel(lse, out, part, part_lse, seq_lens, starts, rows, capacity, has_starts, log_parts, log_ways,
+                  workers);
+  });
+}
+"""
+
+
+def program(n_heads: int, q_len: int, dv: int):
+    """The combine alone, in float32."""
     from flexmla.backends.tilelang.combine import combine
-    from flexmla.backends.tilelang.compile import PASS_CONFIGS, TARGET
 
     batch, slots = T.dynamic("batch"), T.dynamic("slots")
     f32, i32 = T.float32, T.int32
@@ -46,41 +55,20 @@ def source(n_heads: int, q_len: int, dv: int) -> str:
             log_parts, out, lse, part, part_lse,
         )  # fmt: skip
 
-    target = tilelang.tvm.target.Target(TARGET)
-    with target, tilelang.tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()}):
-        text = tilelang.engine.lower(decode, target=target, enable_device_compile=False).kernel_source
-    return text[text.rindex('extern "C" __global__') :]
-
-
-def build(n_heads: int, q_len: int, dv: int, folder: Path) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    kernel = folder / "kernel.inc"
-    kernel.write_text(source(n_heads, q_len, dv))
-    library = folder / "combine.so"
-    command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f'-DKERNEL="{kernel}"']
-    subprocess.run([*command, "-o", str(library), str(WARPS_CPP)], check=True)
-    return ctypes.CDLL(str(library))
+    return decode
 
 
 def partial_states(
-    lens: list[int], starts: list[int], max_len: int, workers: int, n_queries: int, dv: int, noise: torch.Generator
+    rows: list[list[Piece]], n_slots: int, n_queries: int, dv: int, noise: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What decode leaves behind for a batch cut over workers, and what the merge must make of it; NaN: untouched."""
-    part, part_lse = torch.full((2 * workers, n_queries, dv), NAN), torch.full((2 * workers, n_queries), NAN)
-    out, lse = torch.full((len(lens), n_queries, dv), NAN), torch.full((len(lens), n_queries), NAN)
-    spans = [(max(start, 0), min(max(n, 0), max_len)) for start, n in zip(starts, lens, strict=True)]
-    tiles = [-(-end // BLOCK_N) - begin // BLOCK_N if begin < end else 0 for begin, end in spans]
-    chunk = max(1, -(-sum(tiles) // workers))
-    before = 0
-    for row, n_tiles in enumerate(tiles):
-        cut_by = range(before // chunk, (before + n_tiles - 1) // chunk + 1)
-        before += n_tiles
-        if n_tiles == 0:
+    part, part_lse = torch.full((n_slots, n_queries, dv), NAN), torch.full((n_slots, n_queries), NAN)
+    out, lse = torch.full((len(rows), n_queries, dv), NAN), torch.full((len(rows), n_queries), NAN)
+    for row, pieces in enumerate(rows):
+        if not pieces:
             out[row], lse[row] = 0, -torch.inf
-        elif len(cut_by) > 1:
-            slots = torch.tensor([2 * w + (w == cut_by[0]) for w in cut_by])
+        elif len(pieces) > 1:
+            slots = torch.tensor([piece.slot for piece in pieces])
             part[slots] = torch.randn(len(slots), n_queries, dv, generator=noise)
             part_lse[slots] = 5 * torch.randn(len(slots), n_queries, generator=noise)
             part_lse[slots, 0] = -torch.inf  # a query token that sees nothing of its row
@@ -97,7 +85,7 @@ def partial_states(
 def test_merges_every_cut_row_and_no_other(n_heads: int, q_len: int, dv: int, tmp_path: Path) -> None:
     from flexmla.backends.tilelang.combine import WARPS
 
-    library = build(n_heads, q_len, dv, tmp_path)
+    library = emulated(program(n_heads, q_len, dv), RUN, tmp_path)
     n_queries = n_heads * q_len
     rng = random.Random(f"{n_queries} {dv}")
     for seed in range(10):
@@ -109,10 +97,8 @@ def test_merges_every_cut_row_and_no_other(n_heads: int, q_len: int, dv: int, tm
         starts = [rng.choice((0, 0, -2, 63, 64, rng.randint(0, max_len), max_len + 5)) for _ in lens]
         has_starts = rng.randint(0, 1)
         log_ways, log_parts = rng.randint(0, 3), rng.randint(0, 4)
-        states = partial_states(
-            lens, starts if has_starts else [0] * len(lens), max_len, workers, n_queries, dv,
-            torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        rows = cut(row_tiles(lens, starts if has_starts else [0] * len(lens), max_len), workers)
+        states = partial_states(rows, 2 * workers, n_queries, dv, torch.Generator().manual_seed(seed))
         part, part_lse, want_out, want_lse = states
         out, lse = torch.full((len(lens), q_len, n_heads, dv), NAN), torch.full_like(want_lse, NAN)
         tensors = (lse, out, part, part_lse, *(torch.tensor(x, dtype=torch.int32) for x in (lens, starts)))

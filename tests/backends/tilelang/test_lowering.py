@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,23 @@ def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatc
     shape = MLAShape(8, 1, 64, 8)
     with pytest.raises(RuntimeError, match=r"needs nvcc.*flexmla\[nvcc\].*host C\+\+ compiler"):
         backend.kernel(shape, planned(shape), torch.float16)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_compilation_that_takes_long_is_told(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flexmla.backends.tilelang import compile as backend
+
+    monkeypatch.setattr(backend, "_kernels", {})
+    monkeypatch.setattr(backend, "TELL_AFTER", 0.1)
+    monkeypatch.setattr(backend, "program", lambda *_: None)
+    monkeypatch.setattr(backend, "_compile", lambda _: time.sleep(seconds) or "compiled")
+    shape = MLAShape(8, 1, 64, 8)
+    assert backend.kernel(shape, planned(shape), torch.float16) == "compiled"
+    told = [record.getMessage() for record in caplog.records if record.name == "flexmla"]
+    assert len(told) == (seconds > 0)
+    assert all("compiling a kernel for MLAShape(n_heads=8" in message for message in told)
 
 
 def test_an_uncompiled_kernel_refuses_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:

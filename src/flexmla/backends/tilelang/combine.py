@@ -61,9 +61,9 @@ def combine(
         rows = Rows(seq_lens, starts, has_starts, batch, capacity, block_n)
         count_before(rows, lane, row, before, total)
         row_span(rows, row, begin, length, tiles)
-        total = T.max(T.ceildiv(total, workers), 1)  # tiles a worker
-        first = before // total
-        states = T.if_then_else(tiles > 0, (before + tiles - 1) // total - first + 1, 0)
+        total = T.max(T.truncdiv(total + workers - 1, workers), 1)  # tiles a worker
+        first = T.truncdiv(before, total)
+        states = T.if_then_else(tiles > 0, T.truncdiv(before + tiles - 1, total) - first + 1, 0)
         T.pdl_sync()
         if query < n_heads * q_len:
             if states == 0:
@@ -86,7 +86,7 @@ def combine(
                 vector += lane - T.shift_left(way, 5 - log_ways)
                 load_states(part, value, first, states, way, log_ways, query, vector, end)
                 fresh = 1
-                top = mine
+                top = T.max(mine, LEAST)
                 for z in T.serial(1, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
                         top = T.max(top, part_lse[slot(first, z * 32 + lane), query])

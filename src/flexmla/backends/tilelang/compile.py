@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tilelang
@@ -26,6 +29,9 @@ PASS_CONFIGS = {
 }
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
+TELL_AFTER = 1.0  # seconds
+
+_log = logging.getLogger("flexmla")
 _lock = threading.Lock()
 _kernels: dict[Any, Any] = {}
 
@@ -64,8 +70,22 @@ def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, 
         )
     with _lock:
         if key not in _kernels:
-            _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader))
+            with _told(f"{shape} in {dtype}"):
+                _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader))
         return _kernels[key]
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Says what takes so long, where it takes long: a kernel of the disk cache is there at once."""
+    message = f"compiling a kernel for {what}: some 15 seconds, once; it is kept in {tilelang.env.TILELANG_CACHE_DIR}"
+    timer = threading.Timer(TELL_AFTER, _log.warning, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def prebuild(

@@ -42,6 +42,11 @@ def row_span(rows, row, begin: T.Ref, length: T.Ref, tiles: T.Ref):
     tiles = T.if_then_else(begin < length, T.ceildiv(length, rows.block_n) - begin // rows.block_n, 0)
 
 
+def warp_sum(value):
+    """The sum of an int32 over the lanes of a warp."""
+    return T.call_extern("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), value)
+
+
 @T.macro
 def lane_tiles(rows, first, tiles):
     """`tiles[c]` = tiles of row `first + c`, 0 past the batch."""
@@ -67,9 +72,8 @@ def count_before(rows, lane, row, before: T.Ref, total: T.Ref):
         for c in T.unroll(ROWS):
             total += tiles[c]
             before += T.if_then_else(first + c < row, tiles[c], 0)
-    for d in T.unroll(5):
-        total += T.shfl_xor(total, 16 >> d)
-        before += T.shfl_xor(before, 16 >> d)
+    total = warp_sum(total)
+    before = warp_sum(before)
 
 
 @T.macro
@@ -84,35 +88,32 @@ def locate(rows, lane, target, row: T.Ref, tile: T.Ref):
     tile = 0
     for i in T.serial(T.ceildiv(rows.batch, 32 * ROWS)):
         if found == 0:
-            mine = T.alloc_var(T.int32)
             upto = T.alloc_var(T.int32)
             other = T.alloc_var(T.int32)
             owner = T.alloc_var(T.int32)
             lane_tiles(rows, (i * 32 + lane) * ROWS, tiles)
-            mine = 0
-            for c in T.unroll(ROWS):
-                mine += tiles[c]
-            upto = mine
+            upto = tiles[0]
+            for c in T.unroll(1, ROWS):
+                upto += tiles[c]
+            row = (i * 32 + lane) * ROWS
+            tile = target - base + upto
             for d in T.unroll(5):
                 other = T.shfl_up(upto, 1 << d)
                 if lane >= (1 << d):
                     upto += other
-            # as many lanes as end at or before the target: the next one owns it
-            owner = T.if_then_else(base + upto <= target, 1, 0)
-            for d in T.unroll(5):
-                owner += T.shfl_xor(owner, 16 >> d)
-            if owner < 32:
-                found = 1
-                row = (i * 32 + owner) * ROWS
-                tile = target - base - T.shfl_sync(upto - mine, owner)
-                for c in T.unroll(ROWS):
-                    other = T.shfl_sync(tiles[c], owner)
-                    if found == 1:
-                        if tile >= other:
-                            tile -= other
-                            row += 1
-                        else:
-                            found = 2
+            # as many lanes as end at or before the target: the next one owns it, and finds the row among its own
+            owner = T.popcount(T.cast(T.ballot_sync(base + upto <= target), "uint32"))
+            tile -= upto
+            for c in T.unroll(ROWS - 1):
+                if found == 0:
+                    if tile >= tiles[c]:
+                        tile -= tiles[c]
+                        row += 1
+                    else:
+                        found = 1
+            found = T.if_then_else(owner < 32, 1, 0)
+            row = T.shfl_sync(row, owner)
+            tile = T.shfl_sync(tile, owner)
             base += T.shfl_sync(upto, 31)
 
 
@@ -123,7 +124,7 @@ def share(rows, lane, worker, workers, row: T.Ref, tile: T.Ref, left: T.Ref):
     total = T.alloc_var(T.int32)
     chunk = T.alloc_var(T.int32)
     count_before(rows, lane, 0, before, total)
-    chunk = T.ceildiv(total, workers)
+    chunk = T.truncdiv(total + workers - 1, workers)
     left = T.min(chunk, total - worker * chunk)
     row = 0
     tile = 0
