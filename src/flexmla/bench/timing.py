@@ -15,7 +15,6 @@ import torch
 
 ROTATION = 3  # a set of inputs comes round again only after this many times the L2 cache has been touched
 REPLAYS = 20
-GRAPH_CALLS = 16  # at least: a replay costs some microseconds by itself, and a model has a call a layer in its graph
 WARMUP_REPLAYS = 3
 HOST_CALLS = 1000
 BURST = 32  # calls between two synchronisations; far from where a full queue makes a launch wait
@@ -37,7 +36,7 @@ class Timer(Protocol):
 
 
 class GraphTimer:
-    """One CUDA graph that holds the calls in turn, each once or more often; the median replay over what it holds."""
+    """One CUDA graph that holds every call once, replayed; the median replay over the number of calls."""
 
     def __init__(self, device: torch.device, replays: int = REPLAYS) -> None:
         self.device = device
@@ -46,7 +45,7 @@ class GraphTimer:
         self._n_calls = 0
 
     def prepare(self, calls: Sequence[Call]) -> list[Any]:
-        """Compiles and captures `calls`, replays the graph once and returns what each call's first turn wrote in it."""
+        """Compiles and captures `calls`, replays the graph once and returns the results that this replay wrote."""
         if not calls:
             raise ValueError("calls must hold at least one call, got none")
         with torch.cuda.device(self.device):
@@ -56,13 +55,10 @@ class GraphTimer:
             with torch.cuda.stream(stream):
                 calls[0]()
             torch.cuda.current_stream().wait_stream(stream)
-            turns = math.ceil(GRAPH_CALLS / len(calls))
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 results = [call() for call in calls]
-                for call in (*calls,) * (turns - 1):
-                    call()
-            self._n_calls = turns * len(calls)
+            self._n_calls = len(calls)
             self._graph.replay()
             torch.cuda.synchronize()
         return results
