@@ -246,7 +246,7 @@ def bench(
         commit=commit,
         console=wide_console(),
         overhead=overhead_cases(chosen) if overhead else [],
-        cold=cold_cases() if cold_start else [],
+        cold=cold_cases(chosen) if cold_start else [],
         base=base,
         base_arguments=[*selected, "--dtype", dtype, *(["--device", device] if device else [])],
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from flexmla import MLAShape
-from flexmla.bench import ceilings, run
+from flexmla.bench import ceilings, cold, run
 from flexmla.bench.case import Case
 from flexmla.bench.ceilings import Ceilings
 from flexmla.bench.cold import measure_cold
@@ -282,8 +283,21 @@ def test_first_calls_are_made_by_new_processes(tmp_path):
     assert [row["name"] for row in rows] == ["flexmla-first-call", "flexmla-first-call-cached", "tilelang-import"]
     assert all(row["us"] > 0 for row in rows[:2])
     assert 0 < rows[0]["max_row_err"] < 2e-3
-    with pytest.raises(RuntimeError, match=r"flexmla-first-call of .* failed: RuntimeError: .*nowhere"):
-        measure_cold([case], "nowhere")
+    results, misses = measure_cold([case], "nowhere")
+    assert results == []
+    assert len(misses) == 1
+    assert re.match(r"flexmla-first-call, cold-start .*: RuntimeError: .*nowhere", misses[0])
+
+
+def test_a_wrong_first_call_is_a_miss_and_has_no_row(monkeypatch, tmp_path):
+    wrong = "import flexmla.bench.cold as c; c.bounds = lambda dtype: c.row_errors.__globals__['Errors'](-1.0, -1.0); "
+    monkeypatch.setattr(cold, "CHILD", wrong + cold.CHILD)
+    console, path = quiet(), tmp_path / "rows.jsonl"
+    case = Case("cold-start", MLAShape(4, 2, 64, 16), 2, 48, torch.bfloat16)
+    options = {"peers": True, "plot_path": None, "commit": "abc", "console": console}
+    assert run.run([], device=CPU, json_path=path, cold=[case], **options) == 1
+    assert path.read_text() == ""
+    assert "MISS: flexmla-first-call, cold-start" in console.file.getvalue()
 
 
 def test_a_plot_needs_cases(tmp_path):

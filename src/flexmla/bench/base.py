@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from .processes import environment, last_words
 from .report import Row, is_flexmla
 
 # What tells that two rows are of the same case.
@@ -46,13 +46,12 @@ def base_rows(checkout: Path, arguments: Sequence[str], commit: str) -> list[Row
         RuntimeError: its bench command failed.
     """
     source = base_source(checkout)
-    path = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         command = [sys.executable, "-m", "flexmla", "bench", *arguments, "--no-peers", "--json", str(rows)]
         done = subprocess.run(
             [*command, "--commit", commit],
-            env={**os.environ, "PYTHONPATH": path, "FLEXMLA_DEBUG": ""},  # errors as sentences, with exit code 2
+            env=environment(source, FLEXMLA_DEBUG=""),  # errors as sentences, with exit code 2
             cwd=folder,  # where no flexmla is beside the command
             capture_output=True,
             text=True,
@@ -60,8 +59,7 @@ def base_rows(checkout: Path, arguments: Sequence[str], commit: str) -> list[Row
         measured = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
         # 1 is a result out of its bound, which has no row; or a crash
         if done.returncode not in (0, 1) or not measured:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            raise RuntimeError(f"bench of base {str(checkout)!r} failed: {said[-1] if said else 'it said nothing'}")
+            raise RuntimeError(f"bench of base {str(checkout)!r} failed: {last_words(done)}")
         return [json.loads(line) for line in measured]
 
 

@@ -277,9 +277,10 @@ def run(
             misses += _tell(host_time(Rig.host(device, launching=False)), console)
     if cold:
         with console.status("measuring first calls"):
-            firsts = measure_cold(cold, device)
-        write(firsts, None)
-        console.print(overhead_table(firsts, f"cold start, {machine.gpu}"))
+            outcome = Outcome(*measure_cold(cold, device))
+        write(outcome.results, None)
+        console.print(overhead_table(outcome.results, f"cold start, {machine.gpu}"))
+        misses += _tell(outcome, console)
     return misses
 
 
