@@ -60,14 +60,14 @@ def models_table(found: list[Row]) -> str:
     long_cases = [case for case in SUITES["models"]() if case.batch == 64]
     for case in long_cases:
         shape = case.shape
-        lacks = tilelang_lacks(
-            shape, torch.float16, H100, softcap=case.softcap > 0, score_scale=case.score_scale, batch=case.batch
-        )
-        tiling = tile(shape, 64, 8192, H100.sm_count) if lacks is None else None
+        lacks = tilelang_lacks(shape, torch.float16, H100, batch=case.batch, scoring=case.scoring)
+        tiling = tile(shape, 64, 8192, H100.sm_count, scoring=case.scoring) if lacks is None else None
         by = f"torch: {lacks}"
         if tiling is not None:
             groups = -(-shape.n_heads // tiling.block_h)
             by = f"`{tiling.family}`, {groups} x {tiling.block_h} heads, {tiling.stages} stages"
+            if tiling.parts > 1:
+                by += f", clusters of {tiling.parts}"
         name = "flexmla-torch" if lacks else "flexmla"
         long, short = (find(found, "models", name, shape, *size) for size in ((64, 8192), (8, 2048)))
         size = f"{shape.n_heads} / {shape.n_rope_heads} | {shape.dv} + {shape.d_pe}"

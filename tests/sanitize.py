@@ -9,9 +9,11 @@ import torch
 from flexmla import MLAShape, PagedLatentCache
 from flexmla.cases import CaseSpace, Specialisation, random_case
 from flexmla.check import bounds, row_errors
+from flexmla.shape import Scoring
 
 FP16, BF16 = torch.float16, torch.bfloat16
-# both families; shared, grouped and per-head keys, none; all loaders; one and several queries; one and several groups
+# both families; shared, grouped and per-head keys, none; all loaders; one and several queries; one and several groups;
+# widths that are no whole panels; clusters; options
 SPECIALISATIONS = (
     Specialisation(MLAShape(32, 1, 512, 16), FP16, 1, "contiguous"),
     Specialisation(MLAShape(32, 32, 512, 16), FP16, 1, "pages"),
@@ -25,6 +27,13 @@ SPECIALISATIONS = (
     Specialisation(MLAShape(64, 1, 512, 64), FP16, 2, "contiguous"),
     Specialisation(MLAShape(96, 1, 512, 0), BF16, 1, "contiguous"),
     Specialisation(MLAShape(12, 4, 256, 8), FP16, 16, "pages"),
+    Specialisation(MLAShape(9, 3, 24, 8), FP16, 1, "contiguous"),
+    Specialisation(MLAShape(5, 5, 96, 6), BF16, 4, "scalar"),
+    Specialisation(MLAShape(32, 32, 1024, 16), FP16, 1, "contiguous"),
+    Specialisation(MLAShape(16, 16, 2048, 16), BF16, 4, "gather"),
+    Specialisation(MLAShape(16, 8, 512, 32), FP16, 1, "pages", Scoring(True, 8, torch.float32)),
+    Specialisation(MLAShape(32, 1, 512, 16, 200), FP16, 1, "gather", Scoring(False, 1, FP16)),
+    Specialisation(MLAShape(40, 8, 192, 20, 64), BF16, 2, "scalar", Scoring(True, 8, BF16)),
 )
 CASES_EACH = 3
 
@@ -33,7 +42,7 @@ def decode() -> int:
     """Random cases of every specialisation; the number of wrong ones."""
     wrong = 0
     for specialisation in SPECIALISATIONS:
-        space = CaseSpace(specialisations=(specialisation,), scoring=False, max_len=300, max_tokens=600)
+        space = CaseSpace(specialisations=(specialisation,), max_len=300, max_tokens=600)
         for seed in range(CASES_EACH):
             case = random_case(seed, space, "cuda")
             errors = row_errors(*case.decode(backend="tilelang"), *case.expected())

@@ -220,19 +220,25 @@ def test_tilelang_specialisations_cover_what_the_backend_takes():
     record = DeviceRecord((9, 0), 132)
     specialisations = check.TILELANG.specialisations
     assert len(set(specialisations)) == len(specialisations) == 64
-    for shape, dtype, q_len, _ in specialisations:
-        assert tilelang_lacks(shape, dtype, record, q_len=q_len) is None, shape
+    for shape, dtype, q_len, _, scoring in specialisations:
+        assert tilelang_lacks(shape, dtype, record, q_len=q_len, scoring=scoring) is None, shape
     shapes = [s.shape for s in specialisations]
-    assert {s.n_heads for s in shapes} == {8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128}
-    assert {s.dv for s in shapes} == set(range(64, 513, 64))
-    assert {s.d_pe for s in shapes} >= {0, 8, 16, 32, 64}
+    assert {s.n_heads for s in shapes} >= {1, 2, 3, 5, 9, 12, 15, 16, 20, 24, 28, 32, 40, 64, 96, 127, 128}
+    assert {s.dv for s in shapes} >= {8, 24, 64, 96, 128, 160, 256, 320, 448, 480, 512, 576, 1024, 1536, 2048}
+    assert {s.d_pe for s in shapes} >= {0, 2, 6, 8, 16, 20, 32, 64, 128, 256}
+    assert {s.v_width for s in shapes} >= {None, 8, 64, 200, 512, 1024}
     assert {s.dtype for s in specialisations} == {torch.float16, torch.bfloat16}
     assert {s.q_len for s in specialisations} >= {1, 2, 3, 4, 8, 16}
     assert {s.loader for s in specialisations} == set(cases.LOADERS)
-    kinds = {(s.n_rope_heads == 1, s.n_rope_heads == s.n_heads) for s in shapes if s.d_pe}
+    assert {s.scoring.softcap for s in specialisations} == {False, True}
+    assert {s.scoring.scale_dtype for s in specialisations} == {None, torch.float32, torch.float16, torch.bfloat16}
+    kinds = {(s.n_rope_heads == 1, s.n_rope_heads == s.n_heads) for s in shapes if s.d_pe and s.n_heads > 1}
     assert kinds == {(True, False), (False, True), (False, False)}
-    families = {(tile(s.shape, 4, 700, 132, s.q_len).family, s.loader) for s in specialisations}
-    assert families == {(family, loader) for family in FAMILIES for loader in cases.LOADERS}
+    tilings = [(tile(s.shape, 4, 700, 132, s.q_len, scoring=s.scoring), s.loader) for s in specialisations]
+    assert {(t.family, loader) for t, loader in tilings} == {(f, loader) for f in FAMILIES for loader in cases.LOADERS}
+    assert {(t.parts > 1, loader) for t, loader in tilings} == {
+        (p, loader) for p in (False, True) for loader in cases.LOADERS
+    }
 
 
 def test_every_tilelang_case_has_the_memory_that_its_specialisation_is_for():
@@ -240,9 +246,11 @@ def test_every_tilelang_case_has_the_memory_that_its_specialisation_is_for():
     for seed in range(120):
         case = random_case(seed, check.TILELANG)
         steps, places = [], []
-        for tensor in (case.ckv_cache, case.kpe_cache):
+        by_tma = not case.paged or case.ckv_cache.shape[1] >= 64
+        for tensor in (case.ckv_cache, case.kpe_cache, case.options.get("v_cache")):
             if tensor is not None:
-                steps += [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
+                rows = tensor.flatten(2) if by_tma else tensor  # TMA takes a token's rotary keys as one row
+                steps += [s for s, n in zip(rows.stride()[:-1], rows.shape, strict=False) if n > 1]
                 places.append(tensor.data_ptr() - tensor.untyped_storage().data_ptr())
         page = case.ckv_cache.shape[1] if case.paged else None
         found = [

@@ -10,18 +10,14 @@ import torch
 
 from flexmla.backends import choice
 from flexmla.plan import DeviceRecord
+from flexmla.shape import PLAIN, Scoring
 
 GPU = torch.device("cuda", 0)
 
 
 def call(**changes):
     sizes = {"n_heads": 16, "n_rope_heads": 1, "dv": 512, "d_pe": 64, "v_width": None, "batch": 4, "max_len": 2048}
-    options = {
-        "q_len": 1,
-        "page_size": None,
-        "softcap": False,
-        "score_scale": False,
-    }
+    options = {"q_len": 1, "page_size": None, "scoring": PLAIN}
     return choice.Call(**{"device": GPU, "dtype": torch.float16, **sizes, **options, **changes})
 
 
@@ -58,7 +54,18 @@ def test_auto_takes_tilelang_where_it_can(machine):
 
 def test_a_given_tiling_is_kept(machine):
     machine()
-    assert choice.choose("auto", (0, 16, 64, 2, 1, 7), call()) == ("tilelang", (0, 16, 64, 2, 1, 7))
+    given = (0, 16, 64, 2, 1, 1, 7, 0, 0)
+    assert choice.choose("auto", given, call()) == ("tilelang", given)
+
+
+def test_a_given_tiling_that_knows_no_options_is_not_taken_for_them(machine):
+    """A `flexmla.plan` does not say whether score_scale, which takes shared memory, will come."""
+    machine()
+    given = (0, 16, 64, 2, 1, 1, 7, 0, 0)
+    for scoring in (Scoring(True), Scoring(False, 16, torch.float32)):
+        name, tiling = choice.choose("auto", given, call(scoring=scoring))
+        assert name == "tilelang"
+        assert tiling == choice.choose("auto", (), call(scoring=scoring))[1] != given
 
 
 @pytest.mark.parametrize("where", [{"capability": (8, 0)}, {"capability": (10, 0)}, {"installed": False}])
@@ -79,7 +86,7 @@ def test_auto_warns_once_where_tilelang_lacks_the_combination(machine):
     with pytest.warns(UserWarning, match="torch backend for this call, as TileLang cannot run it: .*float32"):
         assert choice.choose("auto", (), call(dtype=torch.float32)) == ("torch", ())
     assert choice.choose("auto", (), call(dtype=torch.float32)) == ("torch", ())
-    assert choice.choose("auto", (), call(dv=40)) == ("torch", ())
+    assert choice.choose("auto", (), call(dv=44)) == ("torch", ())
 
 
 def test_named_tilelang_says_what_it_lacks(machine):

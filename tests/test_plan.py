@@ -10,14 +10,16 @@ import torch
 from flexmla import DecodePlan, DeviceRecord, MLAShape
 from flexmla import plan as make_plan
 from flexmla.models import model_shapes
-from flexmla.plan import device_record, tilelang_lacks
+from flexmla.plan import device_record, plan_scored, tilelang_lacks
+from flexmla.shape import PLAIN, Scoring
 from flexmla.tiling import (
     SMEM_PER_CTA,
     SMEM_PER_SM,
     SMEM_RESERVED,
     Tiling,
+    keys_per_group,
     padded_queries,
-    rope_heads_per_group,
+    part_width,
     rope_tile_width,
     shared_memory,
     threads_per_cta,
@@ -27,7 +29,7 @@ from flexmla.tiling import (
 PLAN_MODULE = importlib.import_module("flexmla.plan")  # the package's attribute of this name is the function
 H100 = DeviceRecord((9, 0), 132, "H100")
 SMALLER = DeviceRecord((9, 0), 78, "a Hopper GPU with fewer SMs")
-N_HEADS = (1, 3, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+N_HEADS = (1, 2, 3, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 
 
 def shapes() -> list[MLAShape]:
@@ -37,10 +39,15 @@ def shapes() -> list[MLAShape]:
         for h in N_HEADS
         for g in range(1, h + 1)
         if h % g == 0
-        for dv in (64, 192, 256, 448, 512)
-        for d_pe in (0, 8, 16, 32, 64)
-        if g * d_pe <= 1024 and (d_pe or g == 1)
+        for dv in (8, 96, 256, 448, 512, 1024, 2048)
+        for d_pe in (0, 2, 8, 16, 64, 256)
+        if d_pe or g == 1
     ]
+
+
+def used_by(shape: MLAShape, tiling: Tiling, q_len: int = 1, scoring: Scoring = PLAIN) -> int:
+    sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len, tiling.parts)
+    return shared_memory(shape, *sizes, scoring)
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +60,26 @@ def test_every_shape_of_the_backend_has_a_tile_that_fits() -> None:
         assert tilelang_lacks(shape, torch.float16, H100) is None
         tiling = tile(shape, 64, 8192, H100.sm_count)
         assert tiling is not None, shape
-        used = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages)
+        used = used_by(shape, tiling)
         assert used <= SMEM_PER_CTA
         assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
         assert tiling.ctas_per_sm * threads_per_cta(tiling.family) <= 2048
-        assert tiling.family == "few_heads" or shape.dv % 128 == 0, shape
+        assert tiling.family == "few_heads" or (shape.dv % 128 == 0 and tiling.parts == 1), shape
+        assert part_width(shape.dv, tiling.parts) <= 512
+        assert (tiling.parts - 1) * part_width(shape.dv, tiling.parts) < shape.dv, "a CTA without columns"
+
+
+@pytest.mark.parametrize("q_len", [1, 4, 16])
+@pytest.mark.parametrize("v_width", [None, 8, 512, 2048])
+def test_every_option_of_every_shape_has_a_tile_that_fits(v_width: int | None, q_len: int) -> None:
+    for plain in shapes()[::7]:
+        shape = dataclasses.replace(plain, v_width=v_width)
+        for scoring in (PLAIN, Scoring(True, shape.n_rope_heads, torch.float32), Scoring(False, shape.n_heads)):
+            assert tilelang_lacks(shape, torch.bfloat16, H100, q_len=q_len, scoring=scoring) is None, shape
+            tiling = tile(shape, 64, 8192, H100.sm_count, q_len, scoring=scoring)
+            assert tiling is not None, shape
+            assert tiling.ctas_per_sm * (used_by(shape, tiling, q_len, scoring) + SMEM_RESERVED) <= SMEM_PER_SM
+            assert tiling.family == "few_heads" or (scoring == PLAIN and v_width is None)
 
 
 @pytest.mark.parametrize("q_len", [2, 3, 4, 7, 16])
@@ -67,11 +89,10 @@ def test_queries_of_a_cta_are_whole_heads_that_fit_its_tile(q_len: int) -> None:
         tiling = tile(shape, 64, 8192, H100.sm_count, q_len)
         assert tiling is not None, shape
         assert tiling.block_h * q_len <= padded_queries(tiling.family, tiling.block_h * q_len)
-        used = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len)
-        assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
+        assert tiling.ctas_per_sm * (used_by(shape, tiling, q_len) + SMEM_RESERVED) <= SMEM_PER_SM
         groups = -(-shape.n_heads // tiling.block_h)
         assert (groups - 1) * tiling.block_h < shape.n_heads
-        assert tiling.workers * groups <= max(H100.sm_count * tiling.ctas_per_sm, groups)
+        assert tiling.workers * groups * tiling.parts <= max(H100.sm_count * tiling.ctas_per_sm, groups * tiling.parts)
 
 
 def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
@@ -85,8 +106,8 @@ def test_groups_cover_every_head_once_and_never_more_than_their_tile() -> None:
         for g in range(groups):
             heads = range(g * tiling.block_h, min((g + 1) * tiling.block_h, shape.n_heads))
             keys = heads[-1] // per_key - heads[0] // per_key + 1
-            assert keys <= rope_heads_per_group(shape, tiling.block_h)
-            assert keys * shape.d_pe <= rope_tile_width(shape, tiling.block_h)
+            assert keys <= keys_per_group(shape.n_heads, shape.n_rope_heads, tiling.block_h)
+            assert keys * shape.d_pe <= tiling.parts * rope_tile_width(shape, tiling.block_h, tiling.parts)
 
 
 def test_groups_of_heads_with_keys_of_their_own_are_even() -> None:
@@ -120,7 +141,8 @@ def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, ba
         assert tiling is not None
         groups = -(-shape.n_heads // tiling.block_h)
         assert 1 <= tiling.workers <= batch * -(-max_len // tiling.block_n)
-        assert tiling.workers * groups <= max(device.sm_count * tiling.ctas_per_sm, groups)
+        ctas = groups * tiling.parts
+        assert tiling.workers * ctas <= max(device.sm_count * tiling.ctas_per_sm, ctas)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +158,9 @@ def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, ba
         (MLAShape(128, 1, 512, 64), "many_heads", 64),
         (MLAShape(96, 1, 512, 0), "many_heads", 48),
         (MLAShape(64, 64, 512, 16), "few_heads", 16),
+        (MLAShape(32, 32, 1024, 16), "few_heads", 16),
+        (MLAShape(128, 128, 2048, 256), "few_heads", 2),
+        (MLAShape(9, 3, 24, 8), "few_heads", 9),
     ],
 )
 def test_family_and_heads_of_known_shapes(shape: MLAShape, family: str, block_h: int) -> None:
@@ -168,6 +193,14 @@ def test_the_bandwidth_of_a_device_follows_from_its_clock_and_bus(monkeypatch: p
     for index, known, gb_s in ((0, properties | clock, 3352), (1, properties, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, known=known: SimpleNamespace(**known))
         assert round(PLAN_MODULE._cuda_record.__wrapped__(index).memory_gb_s) == gb_s
+
+
+@pytest.mark.parametrize(("dv", "v_width", "parts"), [(512, None, 1), (520, None, 2), (2048, None, 4), (512, 512, 2)])
+def test_wide_latents_are_shared_out_over_a_cluster(dv: int, v_width: int | None, parts: int) -> None:
+    tiling = tile(MLAShape(32, 32, dv, 16, v_width), 64, 8192, 132)
+    assert tiling is not None
+    assert tiling.parts == parts
+    assert tiling.stages >= 2
 
 
 def test_small_latents_share_an_sm() -> None:
@@ -245,16 +278,15 @@ def test_plan_names_a_size_out_of_range(name: str, value: int) -> None:
     ("shape", "dtype", "options", "named"),
     [
         (MLAShape(16, 1, 512, 64), torch.float32, {}, "float32"),
-        (MLAShape(16, 1, 520, 64), torch.float16, {}, "520"),
-        (MLAShape(16, 1, 1024, 64), torch.float16, {}, "1024"),
-        (MLAShape(16, 1, 512, 20), torch.float16, {}, "20"),
-        (MLAShape(32, 32, 512, 64), torch.float16, {}, "2048"),
+        (MLAShape(16, 1, 516, 64), torch.float16, {}, "dv that is a multiple of 8 up to 2048, not 516"),
+        (MLAShape(16, 1, 2056, 64), torch.float16, {}, "2056"),
+        (MLAShape(16, 1, 512, 64, 100), torch.float16, {}, "v_cache width that is a multiple of 8"),
+        (MLAShape(16, 1, 512, 21), torch.float16, {}, "even d_pe up to 256, not 21"),
+        (MLAShape(16, 1, 512, 258), torch.float16, {}, "258"),
+        (MLAShape(129, 1, 512, 64), torch.float16, {}, "n_heads up to 128, not 129"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"q_len": 17}, "q_len up to 16, not 17"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"page_size": 48}, "power of two up to 256, not 48"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"page_size": 512}, "power of two up to 256, not 512"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"softcap": True}, "softcap"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"v_cache": True}, "v_cache"),
-        (MLAShape(16, 1, 512, 64), torch.float16, {"score_scale": True}, "score_scale"),
         (MLAShape(16, 1, 512, 64), torch.float16, {"batch": 65536}, "65536"),
     ],
 )
@@ -268,6 +300,8 @@ def test_what_the_backend_lacks_is_named(
 
 def test_every_published_shape_plans_on_any_device() -> None:
     for model in model_shapes():
+        hopper = plan_scored(model.shape, 64, 8192, dtype=torch.float16, device=H100, scoring=model.scoring)
+        assert hopper.backend == "tilelang", model
         for device in (H100, DeviceRecord((8, 0), 108), DeviceRecord((0, 0), 0)):
             made = make_plan(model.shape, 64, 8192, dtype=torch.float16, device=device)
             assert made.reason

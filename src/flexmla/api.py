@@ -86,12 +86,14 @@ def mla_decode(
     signature = None
     if not torch.compiler.is_compiling():
         signature, launch = repeats.find(
-            (q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, out, lse, v_cache, score_scale),
+            (q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale, out, lse),
             (softmax_scale, softcap, causal, backend),
             plan,
         )
         if launch is not None:
-            return launch(q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, out, lse)
+            return launch(
+                q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale, out, lse
+            )
 
     if not isinstance(q_nope, Tensor):
         raise TypeError(f"q_nope must be a tensor, got {type(q_nope).__name__}")

@@ -13,18 +13,23 @@ from torch import Tensor
 
 from . import reference
 from .api import mla_decode
-from .shape import MLAShape
+from .shape import PLAIN, MLAShape, Scoring
 
 GARBAGE_PAGES = (-1, 2147480000)  # what engines leave in the unused entries of a block table
 
 
 class Specialisation(NamedTuple):
-    """What a backend compiles in: `loader` is how the caches lie in memory, one of `LOADERS`."""
+    """What a backend compiles in.
+
+    Attributes:
+        loader: how the caches lie in memory, one of `LOADERS`.
+    """
 
     shape: MLAShape
     dtype: torch.dtype
     q_len: int
     loader: str
+    scoring: Scoring = PLAIN
 
 
 # Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin.
@@ -44,8 +49,8 @@ class CaseSpace:
         page_sizes: tokens a page; None is a contiguous cache.
         max_tokens: the most slots of a contiguous cache, or tokens of all rows of a paged one.
         spreads: standard deviations of the scores, roughly.
-        specialisations: where not empty, one of these gives shape, dtype, q_len and layout of a case.
-        scoring: whether softcap, v_cache and score_scale occur.
+        specialisations: where not empty, one of these gives shape, dtype, q_len, layout and options of a case.
+        scoring: whether softcap, v_cache and score_scale occur, where no specialisation says it.
         strides: whether views with padded, permuted and merged strides occur.
     """
 
@@ -126,7 +131,7 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
     noise = torch.Generator().manual_seed(seed)
     page_sizes, alignment, shift = space.page_sizes, 1, 0
     if space.specialisations:
-        shape, dtype, q_len, loader = rng.choice(space.specialisations)
+        shape, dtype, q_len, loader, scoring = rng.choice(space.specialisations)
         n_heads, groups, dv, d_pe = shape.n_heads, shape.n_rope_heads, shape.dv, shape.d_pe
         page_sizes, shift = LOADERS[loader]
         alignment = 1 if shift else 8
@@ -134,6 +139,10 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
         dtype, n_heads, dv = rng.choice(space.dtypes), rng.choice(space.n_heads), rng.choice(space.dv)
         d_pe, q_len = rng.choice(space.d_pe), rng.choice(space.q_len)
         groups = rng.choice([g for g in range(1, n_heads + 1) if n_heads % g == 0])
+        v_width = rng.choice(space.dv) if space.scoring and rng.random() < 0.3 else None
+        scaled = (groups, rng.choice((dtype, torch.float32))) if space.scoring and rng.random() < 0.3 else (0, None)
+        shape = MLAShape(n_heads, groups, dv, d_pe, v_width)
+        scoring = Scoring(space.scoring and rng.random() < 0.3, *scaled)
     page_size = rng.choice(page_sizes)
     # now and then many rows, longer than a warp is wide
     batch = rng.randint(1, space.max_batch) if rng.random() < 0.9 else rng.randint(1, 50 * space.max_batch)
@@ -161,7 +170,7 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
         options["starts"] = torch.tensor(starts, dtype=torch.int32)
     if rng.random() < 0.25:
         options["causal"] = False
-    if space.scoring and rng.random() < 0.3:
+    if scoring.softcap:
         options["softcap"] = rng.choice((5.0, 20.0, 50.0))
     if rng.random() < 0.4:
         options["softmax_scale"] = rng.choice((16, 64, 80, 128, 192)) ** -0.5 * rng.choice((1, 1, 1, 1, -1, 0))
@@ -184,18 +193,16 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
     rows = cache(dv + groups * d_pe)
     q_nope, q_pe = _split(q, dv, space.strides and rng.random() < 0.3, lay)
     ckv, kpe = _split(rows, dv, space.strides and rng.random() < 0.3, lay_cache)
-    if space.scoring and rng.random() < 0.3:
-        options["v_cache"] = lay_cache(cache(rng.choice(space.dv)))
-    if space.scoring and rng.random() < 0.3:
-        factors = 0.5 + torch.rand(slots, slot_len, groups, generator=noise)
-        factors = factors.masked_fill(~visible[..., None], poison).to(rng.choice((dtype, torch.float32)))
-        options["score_scale"] = lay(factors)
+    if shape.v_width is not None:
+        options["v_cache"] = lay_cache(cache(shape.v_width))
+    if scoring.scale_heads:
+        factors = 0.5 + torch.rand(slots, slot_len, scoring.scale_heads, generator=noise)
+        options["score_scale"] = lay(factors.masked_fill(~visible[..., None], poison).to(scoring.scale_dtype))
     for name in ("seq_lens", "starts", "block_table"):
         if name in options:
             options[name] = lay(options[name], GARBAGE_PAGES[1])
 
-    width = options["v_cache"].shape[2] if "v_cache" in options else dv
-    out = lay(torch.full((batch, q_len, n_heads, width), poison, dtype=dtype)) if rng.random() < 0.4 else None
+    out = lay(torch.full((batch, q_len, n_heads, shape.out_width), poison, dtype=dtype)) if rng.random() < 0.4 else None
     lse = lay(torch.full((batch, n_heads, q_len), poison)) if rng.random() < 0.4 else None
     kpe = None if kpe is None else kpe.unflatten(-1, (groups, d_pe))
     return Case(seed, q_nope, q_pe, ckv, kpe, options, out, lse)

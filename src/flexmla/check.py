@@ -17,36 +17,65 @@ from rich.table import Table
 from torch import Tensor
 
 from .cases import LOADERS, Case, CaseSpace, Specialisation, random_case
-from .plan import MAX_ROPE_ROW
-from .shape import MLAShape
+from .shape import MLAShape, Scoring
 
 N_SPECIALISATIONS = 64
+N_PLAIN = 20  # of them
 
 
 def _tilelang_specialisations() -> tuple[Specialisation, ...]:
     """Specialisations over everything that the TileLang backend takes: every value of every list occurs, evenly."""
-
-    def evenly(name: str, values: Sequence[Any]) -> list[Any]:
-        column = [values[i % len(values)] for i in range(N_SPECIALISATIONS)]
-        random.Random(name).shuffle(column)
-        return column
-
-    columns = (
-        evenly("n_heads", (8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)),
-        evenly("keys", ("shared", "grouped", "per head")),
-        evenly("dv", (64, 128, 192, 256, 320, 384, 448, 512)),
-        evenly("d_pe", (0, 8, 8, 16, 16, 32, 32, 64)),
-        evenly("dtype", (torch.float16, torch.bfloat16)),
-        evenly("q_len", (1, 1, 1, 1, 2, 3, 4, 5, 8, 16)),
-        evenly("loader", tuple(LOADERS)),
+    wide = _drawn(
+        N_SPECIALISATIONS - N_PLAIN,
+        n_heads=(1, 2, 3, 5, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 64, 96, 127),
+        dv=(8, 24, 64, 96, 160, 256, 320, 448, 480, 512, 512, 576, 1024, 1024, 1536, 2048),
+        d_pe=(0, 2, 6, 8, 8, 16, 16, 20, 32, 64, 128, 256),
+        v_width=(None,) * 5 + (8, 64, 200, 512, 1024),
+        softcap=(False, False, True),
+        scale=(None, None, None, torch.float32, "same"),
     )
+    # the shapes that most models have, and the only ones of many_heads
+    plain = _drawn(
+        N_PLAIN,
+        n_heads=(16, 32, 40, 48, 64, 96, 128),
+        dv=(128, 256, 384, 512),
+        d_pe=(0, 8, 16, 64),
+        v_width=(None,),
+        softcap=(False,),
+        scale=(None,),
+    )
+    return wide + plain
+
+
+def _drawn(count: int, **lists: Sequence[Any]) -> tuple[Specialisation, ...]:
+    """`count` specialisations in which every value of every list occurs about as often."""
+    lists |= {
+        "keys": ("shared", "grouped", "per head"),
+        "dtype": (torch.float16, torch.bfloat16),
+        "q_len": (1, 1, 1, 1, 2, 3, 4, 5, 8, 16),
+        "loader": tuple(LOADERS),
+    }
+    columns = {name: [values[i % len(values)] for i in range(count)] for name, values in lists.items()}
+    for name, column in columns.items():
+        random.Random(name).shuffle(column)
     found = []
-    for n_heads, keys, dv, d_pe, dtype, q_len, loader in zip(*columns, strict=True):
+    for values in zip(*columns.values(), strict=True):
+        drawn = dict(zip(columns, values, strict=True))
+        n_heads, dtype, scale = drawn["n_heads"], drawn["dtype"], drawn["scale"]
         divisors = [g for g in range(1, n_heads + 1) if n_heads % g == 0]
-        groups = {"shared": 1, "grouped": divisors[len(divisors) // 2], "per head": n_heads}[keys] if d_pe else 1
-        d_pe = min(d_pe, MAX_ROPE_ROW // groups // 8 * 8)
-        found.append(Specialisation(MLAShape(n_heads, groups, dv, d_pe), dtype, q_len, loader))
+        groups = {"shared": 1, "grouped": divisors[len(divisors) // 2], "per head": n_heads}[drawn["keys"]]
+        scoring = Scoring(drawn["softcap"])
+        if scale is not None:
+            scoring = Scoring(drawn["softcap"], groups, dtype if scale == "same" else scale)
+        shape = MLAShape(n_heads, groups if drawn["d_pe"] else 1, drawn["dv"], drawn["d_pe"], drawn["v_width"])
+        found.append(Specialisation(shape, dtype, drawn["q_len"], _possible(drawn["loader"], shape), scoring))
     return tuple(found)
+
+
+def _possible(loader: str, shape: MLAShape) -> str:
+    """The loader, or the one by single elements where rows of rotary keys cannot be aligned to what it copies."""
+    key = shape.d_pe * (shape.n_rope_heads if loader in ("contiguous", "pages") and shape.n_rope_heads > 1 else 1)
+    return "scalar" if key % 8 else loader
 
 
 # What the TileLang backend takes, from a number of kernels that can be compiled in minutes.
@@ -56,7 +85,7 @@ TILELANG = CaseSpace(
     max_tokens=2000,
     spreads=(0.1, 1.0, 1.0, 4.0, 20.0, 2500.0),
     specialisations=_tilelang_specialisations(),
-    scoring=False,
+    max_batch=3,
 )
 
 _INF = float("inf")

@@ -16,7 +16,7 @@ from rich.table import Table
 import flexmla
 
 from .models import ModelShape, model_shapes
-from .plan import DeviceRecord, device_record, tilelang_lacks
+from .plan import DeviceRecord, device_record, plan_scored
 from .shape import MLAShape
 from .tiling import Tiling
 
@@ -82,15 +82,8 @@ def backend_of(
         dtype: of queries and caches.
         device: a device, or the record of one that is not there.
     """
-    plan = flexmla.plan(model.shape, batch, max_len, dtype=dtype, device=device)
-    lacks = tilelang_lacks(
-        model.shape, dtype, device_record(device), softcap=model.softcap > 0, score_scale=model.score_scale
-    )
-    if plan.backend == "torch":
-        return plan.backend, plan.reason, None
-    if lacks is not None:
-        return "torch", lacks, None
-    return plan.backend, plan.reason, Tiling.from_ints(plan.tiling)
+    plan = plan_scored(model.shape, batch, max_len, dtype=dtype, device=device, scoring=model.scoring)
+    return plan.backend, plan.reason, Tiling.from_ints(plan.tiling) if plan.backend == "tilelang" else None
 
 
 def run(

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 
-from .shape import MLAShape
+import torch
+
+from .shape import MLAShape, Scoring
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class ModelShape:
     shape: MLAShape
     score_scale: bool = False
     softcap: float = 0.0
+
+    @property
+    def scoring(self) -> Scoring:
+        """What is done to its scores, with multipliers in float32."""
+        scale = (self.shape.n_rope_heads, torch.float32) if self.score_scale else (0, None)
+        return Scoring(self.softcap > 0, *scale)
 
 
 def model_shapes() -> tuple[ModelShape, ...]:

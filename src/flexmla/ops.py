@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends.choice import Call, choose
 from .backends.torch import decode as decode_torch
+from .shape import PLAIN, Scoring
 from .tiling import BLOCK_N
 
 _ARGUMENTS = (
@@ -69,9 +70,15 @@ def _choose(
     max_len = -(-max_len // BLOCK_N) * BLOCK_N  # whole tiles, so that a cache that grows by a token is rarely new
     n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
     v_width = None if v_cache is None else v_cache.shape[2]
-    flags = (softcap > 0, score_scale is not None)
+    scoring = PLAIN if score_scale is None and not softcap else _scoring(softcap, score_scale)
     sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
-    return choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, *flags))
+    return choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, scoring))
+
+
+def _scoring(softcap: float, score_scale: Tensor | None) -> Scoring:
+    if score_scale is None:
+        return Scoring(softcap > 0)
+    return Scoring(softcap > 0, score_scale.shape[2], score_scale.dtype)
 
 
 @functools.cache
@@ -90,8 +97,8 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
         out, lse: as given to `flexmla.mla_decode`.
 
     Returns:
-        A function of the seven tensors from `q_nope` to `starts`, `out` and `lse`, that returns both; None where such
-        calls have to go through the operator.
+        A function of the nine tensors from `q_nope` to `score_scale`, `out` and `lse`, that returns both; None where
+        such calls have to go through the operator.
     """
     batch, q_len, n_heads, dv = operands[0].shape
     if batch == 0:
@@ -99,19 +106,20 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
     name, tiling = _choose(*operands)
     if name != "tilelang":
         return None
-    softmax_scale, causal = float(operands[9]), operands[11]
-    launch = _tilelang().launcher(*operands[:7], softmax_scale, causal, tiling, out, lse)
+    softmax_scale, softcap, causal = float(operands[9]), float(operands[10]), operands[11]
+    launch = _tilelang().launcher(*operands[:9], softmax_scale, softcap, causal, tiling, out, lse)
     if launch is None:
         return None
 
-    spans = [_footprint(x)[1] - x.data_ptr() for x in operands[:7] if x is not None]
-    out_bytes, lse_bytes = batch * q_len * n_heads * dv * operands[0].element_size(), 4 * batch * q_len * n_heads
+    width = dv if operands[7] is None else operands[7].shape[2]
+    spans = [_footprint(x)[1] - x.data_ptr() for x in operands[:9] if x is not None]
+    out_bytes, lse_bytes = batch * q_len * n_heads * width * operands[0].element_size(), 4 * batch * q_len * n_heads
 
     def run(*tensors: Any) -> tuple[Tensor, Tensor]:
         *inputs, out, lse = tensors
         q_nope = inputs[0]
         given = out is not None or lse is not None
-        out, lse = results(q_nope, dv, out, lse)
+        out, lse = results(q_nope, width, out, lse)
         if given:  # looked at as in `_refuse_overlap`, with the sizes known
             out_start, lse_start = out.data_ptr(), lse.data_ptr()
             out_end, lse_end = out_start + out_bytes, lse_start + lse_bytes
@@ -123,7 +131,7 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
                     apart = False
             if not apart:  # by their bounds; views that interleave in one buffer still are
                 _refuse_overlap(inputs, out, lse)
-        launch(*inputs, softmax_scale, out, lse)
+        launch(*inputs, softmax_scale, softcap, out, lse)
         return out, lse
 
     return run

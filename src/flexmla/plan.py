@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .shape import MLAShape
+from .shape import PLAIN, MLAShape, Scoring
 from .tiling import BLOCK_N, tile
 
 HOPPER = (9, 0)
 HALVES_UP_TO = 4000  # GB/s of memory: with more, reading the latent again from L2 costs more than a third tile gives
-MAX_DV = 512
+MAX_DV = 2048
+MAX_D_PE = 256
+MAX_HEADS = 128
 MAX_BATCH = 65535  # the second dimension of a grid
-MAX_ROPE_ROW = 1024
 MAX_Q_LEN = 16
 MAX_PAGE_SIZE = 256
 
@@ -98,10 +99,8 @@ def tilelang_lacks(
     *,
     q_len: int = 1,
     page_size: int | None = None,
-    softcap: bool = False,
-    v_cache: bool = False,
-    score_scale: bool = False,
     batch: int = 1,
+    scoring: Scoring = PLAIN,
 ) -> str | None:
     """Why the TileLang backend does not take a combination; None where it does."""
     if device.capability == (0, 0):
@@ -110,26 +109,20 @@ def tilelang_lacks(
         return f"it needs compute capability 9.0, this device has {'.'.join(map(str, device.capability))}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    for name, present in (
-        ("softcap", softcap),
-        ("v_cache", v_cache),
-        ("score_scale", score_scale),
-    ):
-        if present:
-            return f"it does not take {name} yet"
     if q_len > MAX_Q_LEN:
         return f"it takes a q_len up to {MAX_Q_LEN}, not {q_len}"
     if page_size is not None and (page_size > MAX_PAGE_SIZE or page_size.bit_count() != 1):
         return f"it takes a page_size that is a power of two up to {MAX_PAGE_SIZE}, not {page_size}"
     if batch > MAX_BATCH:
         return f"it takes a batch up to {MAX_BATCH}, not {batch}"
-    if shape.dv % 64 or shape.dv > MAX_DV:
-        return f"it takes a dv that is a multiple of 64 up to {MAX_DV}, not {shape.dv}"
-    if shape.d_pe % 8:
-        return f"it takes a d_pe that is a multiple of 8, not {shape.d_pe}"
-    if shape.n_rope_heads * shape.d_pe > MAX_ROPE_ROW:
-        return f"it takes n_rope_heads * d_pe up to {MAX_ROPE_ROW}, not {shape.n_rope_heads * shape.d_pe}"
-    if tile(shape, 1, 1, device.sm_count, q_len) is None:
+    if shape.n_heads > MAX_HEADS:
+        return f"it takes n_heads up to {MAX_HEADS}, not {shape.n_heads}"
+    for name, width in (("dv", shape.dv), ("v_cache width", shape.v_width or 8)):
+        if width % 8 or width > MAX_DV:
+            return f"it takes a {name} that is a multiple of 8 up to {MAX_DV}, not {width}"
+    if shape.d_pe % 2 or shape.d_pe > MAX_D_PE:
+        return f"it takes an even d_pe up to {MAX_D_PE}, not {shape.d_pe}"
+    if tile(shape, 1, 1, device.sm_count, q_len, scoring=scoring) is None:
         return "no tile of this shape fits an SM's shared memory"
     return None
 
@@ -176,6 +169,7 @@ def _plan(
     fast_memory: bool,
     lacks: str | None,
     installed: bool,
+    scoring: Scoring,
 ) -> DecodePlan:
     bounds = (shape, batch, max_len, q_len, page_size, dtype, record)
     if lacks is not None:
@@ -184,7 +178,7 @@ def _plan(
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
     gathered = page_size is not None and page_size < BLOCK_N
-    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered or fast_memory)
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered or fast_memory, scoring)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 
@@ -214,6 +208,21 @@ def plan(
         TypeError: where an argument has the wrong type, or the dtype is none of the three.
         ValueError: where a size is out of range, or the device is not there.
     """
+    return plan_scored(shape, batch, max_len, q_len=q_len, page_size=page_size, dtype=dtype, device=device)
+
+
+def plan_scored(
+    shape: MLAShape,
+    batch: int,
+    max_len: int,
+    *,
+    q_len: int = 1,
+    page_size: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str | DeviceRecord,
+    scoring: Scoring = PLAIN,
+) -> DecodePlan:
+    """As `plan`, for a call that does more to its scores: a softcap, a `score_scale`."""
     if not isinstance(shape, MLAShape):
         raise TypeError(f"shape must be an MLAShape, got {type(shape).__name__}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -225,9 +234,7 @@ def plan(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     record = device_record(device)
-    lacks = tilelang_lacks(
-        shape, dtype, record, q_len=q_len, page_size=page_size, v_cache=shape.v_width is not None, batch=batch
-    )
+    lacks = tilelang_lacks(shape, dtype, record, q_len=q_len, page_size=page_size, batch=batch, scoring=scoring)
     fast_memory = record.memory_gb_s > HALVES_UP_TO
     installed = lacks is None and tilelang_installed()
-    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, fast_memory, lacks, installed)
+    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, fast_memory, lacks, installed, scoring)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -52,3 +53,20 @@ class MLAShape:
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes one token takes in the caches of one layer: latent, rotary keys and separate value latent."""
         return (self.dv + self.n_rope_heads * self.d_pe + (self.v_width or 0)) * dtype.itemsize
+
+
+class Scoring(NamedTuple):
+    """What is done to scores besides the softmax.
+
+    Attributes:
+        softcap: whether they are capped through tanh.
+        scale_heads: last dimension of `score_scale`, 0 for none.
+        scale_dtype: of `score_scale`.
+    """
+
+    softcap: bool = False
+    scale_heads: int = 0
+    scale_dtype: torch.dtype | None = None
+
+
+PLAIN = Scoring()

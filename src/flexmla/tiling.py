@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from .shape import MLAShape
+from .shape import PLAIN, MLAShape, Scoring
 
 SMEM_PER_CTA = 232448  # bytes, compute capability 9.0
 SMEM_PER_SM = 233472
@@ -16,6 +17,9 @@ SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 BLOCK_N = 64
+PANEL = 64  # columns of a latent tile that one swizzle covers; the MMA takes whole panels
+MAX_PART = 512  # latent columns of a CTA: its accumulator and two tiles in flight fit
+MAX_PARTS = 8  # CTAs of a cluster
 MAX_STAGES = 4
 GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
@@ -32,7 +36,8 @@ class Tiling:
         block_n: tokens a tile.
         stages: cache tiles held in shared memory.
         ctas_per_sm: CTAs that share an SM.
-        workers: CTAs a head group, each with an equal run of the batch's tiles.
+        parts: CTAs of a cluster that share the columns of latents and rotary keys, and add up their scores.
+        workers: clusters (CTAs where parts is 1) a head group, each with an equal run of the batch's tiles.
         log_merge_ways: two's logarithm of the states of a cut row that a warp of the merge holds side by side.
         log_merge_parts: two's logarithm of the merge's warps a row and head.
     """
@@ -42,6 +47,7 @@ class Tiling:
     block_n: int
     stages: int
     ctas_per_sm: int
+    parts: int
     workers: int
     log_merge_ways: int
     log_merge_parts: int
@@ -55,16 +61,21 @@ class Tiling:
         return cls(FAMILIES[values[0]], *values[1:])
 
 
-def rope_heads_per_group(shape: MLAShape, block_h: int) -> int:
-    """Rotary keys that a group of `block_h` neighbouring heads touches, at most."""
-    per_key = shape.n_heads // shape.n_rope_heads
-    firsts = range(0, shape.n_heads, block_h)
-    return max((min(h + block_h, shape.n_heads) - 1) // per_key - h // per_key + 1 for h in firsts)
+def keys_per_group(n_heads: int, n_keys: int, block_h: int) -> int:
+    """Keys that a group of `block_h` neighbouring heads touches, at most, where `n_heads // n_keys` heads share one."""
+    per_key = n_heads // n_keys
+    firsts = range(0, n_heads, block_h)
+    return max((min(h + block_h, n_heads) - 1) // per_key - h // per_key + 1 for h in firsts)
 
 
-def rope_tile_width(shape: MLAShape, block_h: int) -> int:
-    """Columns of a CTA's rotary-key tile: its keys side by side, padded to a width that one swizzle covers."""
-    width = rope_heads_per_group(shape, block_h) * shape.d_pe
+def part_width(width: int, parts: int = 1) -> int:
+    """Columns of a latent tile of `width` that each of `parts` CTAs holds, in whole panels."""
+    return -(-width // (PANEL * parts)) * PANEL
+
+
+def rope_tile_width(shape: MLAShape, block_h: int, parts: int = 1) -> int:
+    """Columns of a CTA's rotary-key tile: its part of the group's keys side by side, as wide as a swizzle covers."""
+    width = -(-keys_per_group(shape.n_heads, shape.n_rope_heads, block_h) * shape.d_pe // parts)
     step = 64 if width > 32 else 32 if width > 16 else 16
     return -(-width // step) * step
 
@@ -90,22 +101,37 @@ def registers_per_thread(family: str, ctas_per_sm: int) -> int:
     return 216 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
 
 
-def shared_memory(shape: MLAShape, family: str, block_h: int, block_n: int, stages: int, q_len: int = 1) -> int:
+def shared_memory(
+    shape: MLAShape,
+    family: str,
+    block_h: int,
+    block_n: int,
+    stages: int,
+    q_len: int = 1,
+    parts: int = 1,
+    scoring: Scoring = PLAIN,
+) -> int:
     """Bytes of shared memory a CTA needs."""
     queries = padded_queries(family, block_h * q_len)
-    row = 2 * (shape.dv + (rope_tile_width(shape, block_h) if shape.d_pe else 0))
-    total = stages * block_n * row + queries * row + BARRIER_BYTES
+    row = 2 * (part_width(shape.dv, parts) + (rope_tile_width(shape, block_h, parts) if shape.d_pe else 0))
+    total = (stages * block_n + queries) * row + BARRIER_BYTES
+    if shape.v_width is not None:  # the output no longer passes through the query tile
+        total += 2 * (stages * block_n + queries) * part_width(shape.v_width, parts)
+    if scoring.scale_heads:
+        total += 4 * stages * block_n * keys_per_group(shape.n_heads, scoring.scale_heads, block_h)
     if family == "few_heads":
         total += 2 * block_n * queries + 2 * 4 * 4 * queries  # probabilities; maxima and sums, a row a warp
+    if parts > 1:
+        total += 2 * parts * 4 * block_n * queries  # the parts' scores of this tile and the next
     return total
 
 
-def _registers(shape: MLAShape, family: str, block_q: int, block_n: int) -> int:
+def _registers(shape: MLAShape, family: str, block_q: int, block_n: int, parts: int) -> int:
     """A consumer thread's registers for accumulator, scores and elementwise sums."""
-    queries = padded_queries(family, block_q)
+    queries, width = padded_queries(family, block_q), part_width(shape.out_width, parts)
     if family == "many_heads":
-        return (queries * shape.dv // 2 + queries * block_n) // 128 + queries * block_n // 256
-    return (queries * shape.dv + 2 * queries * block_n) // 128
+        return (queries * width // 2 + queries * block_n) // 128 + queries * block_n // 256
+    return (queries * width + 2 * queries * block_n) // 128
 
 
 def _workers(most: int, batch: int, row_tiles: int) -> int:
@@ -127,57 +153,78 @@ def _merge(shape: MLAShape, batch: int, q_len: int, workers: int, sm_count: int)
     """Logarithms of the merge's ways and parts: few states in turn for a lane, and at most MERGE_WARPS warps an SM."""
     states = workers // max(1, batch) + 1
     log_ways = min(3, (states // 8).bit_length())
-    parts = -(-shape.dv // 8 * 2**log_ways // 32)
+    parts = -(-shape.out_width // 8 * 2**log_ways // 32)
     most = max(1, MERGE_WARPS * sm_count // max(1, batch * shape.n_heads * q_len))
     return log_ways, min((parts - 1).bit_length(), most.bit_length() - 1)
 
 
-def _tilings(shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int) -> Iterator[Tiling]:
+def _tilings(
+    shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int, scoring: Scoring
+) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
     block_n = BLOCK_N
     row_tiles = -(-max_len // block_n)
-    candidates = [("few_heads", shape.n_heads)]
-    if shape.dv % 128 == 0:  # its two warpgroups take half of dv each, in panels of 64
-        groups = -(-shape.n_heads // (64 // q_len))
-        step = 16 // math.gcd(16, q_len)  # heads whose queries fill a multiple of 16 rows
-        even = -(-shape.n_heads // groups)
-        candidates.append(("many_heads", min(-(-even // step) * step, 64 // q_len) if groups > 1 else even))
-    for most_queries in (32, 16, 8):
-        if q_len <= most_queries < shape.n_heads * q_len:
-            full = most_queries // q_len
-            even = -(-shape.n_heads // -(-shape.n_heads // full))
-            # Rotary keys are shared out with the heads, but even groups may lie across the keys of grouped heads.
-            wider = rope_tile_width(shape, even) > rope_tile_width(shape, full)
-            candidates.append(("few_heads", full if wider else even))
-    for least_stages in (2, 1):
-        for family, block_h in candidates:
-            registers = _registers(shape, family, block_h * q_len, block_n)
-            for ctas in range(MAX_CTAS_PER_SM if family == "few_heads" else 1, 0, -1):
+    least_parts = -(-(shape.dv + (shape.v_width or 0)) // MAX_PART)
+    for parts in range(least_parts, MAX_PARTS + 1):
+        candidates = list(_candidates(shape, q_len, parts, scoring))
+        for least_stages, (family, block_h) in itertools.product((2, 1), candidates):
+            groups = -(-shape.n_heads // block_h)
+            registers = _registers(shape, family, block_h * q_len, block_n, parts)
+            for ctas in range(MAX_CTAS_PER_SM if family == "few_heads" and parts == 1 else 1, 0, -1):
                 if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
                     continue
                 limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
                 wanted = max(least_stages, 3 if ctas > 1 else 1)
                 for stages in range(MAX_STAGES, wanted - 1, -1):
-                    if shared_memory(shape, family, block_h, block_n, stages, q_len) <= limit:
-                        workers = _workers(sm_count * ctas // -(-shape.n_heads // block_h), batch, row_tiles)
+                    if shared_memory(shape, family, block_h, block_n, stages, q_len, parts, scoring) <= limit:
+                        workers = _workers(sm_count * ctas // (groups * parts), batch, row_tiles)
                         merge = _merge(shape, batch, q_len, workers, sm_count)
-                        yield Tiling(family, block_h, block_n, stages, ctas, workers, *merge)
+                        yield Tiling(family, block_h, block_n, stages, ctas, parts, workers, *merge)
 
 
-def tile(shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1, once: bool = False) -> Tiling | None:
+def _candidates(shape: MLAShape, q_len: int, parts: int, scoring: Scoring) -> Iterator[tuple[str, int]]:
+    """Kernel families and heads a CTA, the best first."""
+    yield "few_heads", shape.n_heads
+    # many_heads has two warpgroups that take half of dv each, in panels of 64, and knows plain scores alone
+    if shape.dv % 128 == 0 and parts == 1 and shape.v_width is None and scoring == PLAIN:
+        groups = -(-shape.n_heads // (64 // q_len))
+        step = 16 // math.gcd(16, q_len)  # heads whose queries fill a multiple of 16 rows
+        even = -(-shape.n_heads // groups)
+        yield "many_heads", min(-(-even // step) * step, 64 // q_len) if groups > 1 else even
+    # groups of less than 8 queries pad their tile; wide rotary keys of many heads leave no room for more
+    for most_queries in (32, 16, 8, 4, 2, 1):
+        if q_len <= most_queries < shape.n_heads * q_len:
+            full = most_queries // q_len
+            even = -(-shape.n_heads // -(-shape.n_heads // full))
+            # Rotary keys are shared out with the heads, but even groups may lie across the keys of grouped heads.
+            wider = rope_tile_width(shape, even) > rope_tile_width(shape, full)
+            yield "few_heads", full if wider else even
+
+
+def tile(
+    shape: MLAShape,
+    batch: int,
+    max_len: int,
+    sm_count: int,
+    q_len: int = 1,
+    once: bool = False,
+    scoring: Scoring = PLAIN,
+) -> Tiling | None:
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM.
 
     Args:
         once: whether the latent is not to be read again for a third tile in flight: where tiles are loaded token by
             token, or where L2 is little faster than the memory.
+        scoring: what is done to scores.
     """
 
     def tilings() -> Iterator[Tiling]:
-        return _tilings(shape, sm_count, batch, max_len, q_len)
+        return _tilings(shape, sm_count, batch, max_len, q_len, scoring)
 
     best = next(tilings(), None)
     whole, halves = (("few_heads", -(-shape.n_heads // groups)) for groups in (1, 2))
-    if best is None or once or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
+    if best is None or once or best.parts > 1 or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
-    return next((t for t in tilings() if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES), best)
+    good = (t for t in tilings() if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES and t.parts == 1)
+    return next(good, best)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..plan import HOPPER, device_record, plan, tilelang_installed, tilelang_lacks
-from ..shape import MLAShape
+from ..plan import HOPPER, device_record, plan_scored, tilelang_installed, tilelang_lacks
+from ..shape import PLAIN, MLAShape, Scoring
 
 NAMES = ("auto", "tilelang", "torch")
 
@@ -31,8 +31,7 @@ class Call(NamedTuple):
     max_len: int
     q_len: int
     page_size: int | None
-    softcap: bool
-    score_scale: bool
+    scoring: Scoring
 
 
 def choose(
@@ -67,7 +66,8 @@ def choose(
     elif lacks is not None:
         _warn_once(lacks)
         return "torch", ()
-    return "tilelang", tiling or planned
+    # a plan does not know what is done to scores
+    return "tilelang", tiling if tiling and call.scoring == PLAIN else planned
 
 
 @lru_cache(maxsize=4096)
@@ -81,14 +81,12 @@ def _settle(call: Call) -> tuple[tuple[int, int], str | None, tuple[int, ...]]:
         record,
         q_len=call.q_len,
         page_size=call.page_size,
-        softcap=call.softcap,
-        v_cache=call.v_width is not None,
-        score_scale=call.score_scale,
         batch=call.batch,
+        scoring=call.scoring,
     )
     if lacks is not None:
         return record.capability, lacks, ()
-    made = plan(
+    made = plan_scored(
         shape,
         call.batch,
         call.max_len,
@@ -96,6 +94,7 @@ def _settle(call: Call) -> tuple[tuple[int, int], str | None, tuple[int, ...]]:
         page_size=call.page_size,
         dtype=call.dtype,
         device=record,
+        scoring=call.scoring,
     )
     return record.capability, None, made.tiling
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flexmla.shape import MLAShape
+from flexmla.shape import MLAShape, Scoring
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class Case:
         longest = max(lens, default=0)
         max_len = -(-longest // page_size) * page_size if page_size > 0 else longest
         return cls(suite, shape, len(lens), max_len, page_size=page_size, lens=tuple(lens), **options)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What is done to scores."""
+        scale = (self.shape.n_rope_heads, torch.float32) if self.score_scale else (0, None)
+        return Scoring(self.softcap > 0, *scale)
 
     @property
     def row_lens(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flexmla
-from flexmla.plan import device_record, tilelang_lacks
+from flexmla.plan import plan_scored
 
 from .case import Case
 from .inputs import READ_CHUNK, Inputs, LatentInputs, MHAInputs, ReadInputs
@@ -40,7 +40,7 @@ def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> 
     Args:
         given: whether `out` and `lse` are the caller's, the same ones each time; the name then ends in `-into`.
     """
-    plan = flexmla.plan(
+    plan = plan_scored(
         case.shape,
         case.batch,
         case.max_len,
@@ -48,19 +48,9 @@ def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> 
         page_size=case.page_size or None,
         dtype=case.dtype,
         device=device,
+        scoring=case.scoring,
     )
-    record = device_record(device)
-    lacks = tilelang_lacks(
-        case.shape,
-        case.dtype,
-        record,
-        q_len=case.q_len,
-        page_size=case.page_size or None,
-        softcap=case.softcap > 0,
-        score_scale=case.score_scale,
-        batch=case.batch,
-    )
-    backend = plan.backend if lacks is None else "torch"
+    backend = plan.backend
 
     out = lse = None
     if given:

@@ -15,15 +15,15 @@ tilelang = pytest.importorskip("tilelang", reason="needs TileLang: pip install '
 T = pytest.importorskip("tilelang.language")
 
 NAN = float("nan")
+SUMS0 = 5  # rows before the first sum: what of the workspace the states take
 
 
 RUN = """
-extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, const float *part, const float *part_lse,
+extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, const float *part, const float *sums,
                     const int *seq_lens, const int *starts, int capacity, int has_starts, int log_parts, int log_ways,
                     int workers) {
   for_each_warp(blocks, rows, warps, [&] {
-    decode_kernel(lse, out, part, part_lse, seq_lens, starts, rows, capacity, has_starts, log_parts, log_ways,
-                  workers);
+    decode_kernel(lse, out, part, seq_lens, starts, sums, rows, capacity, has_starts, log_parts, log_ways, workers);
   });
 }
 """
@@ -32,6 +32,7 @@ extern "C" void run(int blocks, int rows, int warps, float *lse, float *out, con
 def program(n_heads: int, q_len: int, dv: int):
     """The combine alone, in float32."""
     from flexmla.backends.tilelang.combine import combine
+    from flexmla.backends.tilelang.spec import Results
 
     batch, slots = T.dynamic("batch"), T.dynamic("slots")
     f32, i32 = T.float32, T.int32
@@ -43,7 +44,7 @@ def program(n_heads: int, q_len: int, dv: int):
         out: T.Tensor((batch, q_len, n_heads, dv), "float32"),
         lse: T.Tensor((batch, n_heads, q_len), f32),
         part: T.Tensor((slots, n_heads * q_len, dv), "float32"),
-        part_lse: T.Tensor((slots, n_heads * q_len), f32),
+        sums: T.Tensor((slots + SUMS0, n_heads * q_len), f32),
         has_starts: i32,
         workers: i32,
         capacity: i32,
@@ -52,7 +53,7 @@ def program(n_heads: int, q_len: int, dv: int):
     ):
         combine(
             n_heads, q_len, dv, "float32", seq_lens, starts, has_starts, batch, capacity, BLOCK_N, workers, log_ways,
-            log_parts, out, lse, part, part_lse,
+            log_parts, Results(out, lse, part, sums, SUMS0),
         )  # fmt: skip
 
     return decode
@@ -101,7 +102,8 @@ def test_merges_every_cut_row_and_no_other(n_heads: int, q_len: int, dv: int, tm
         states = partial_states(rows, 2 * workers, n_queries, dv, torch.Generator().manual_seed(seed))
         part, part_lse, want_out, want_lse = states
         out, lse = torch.full((len(lens), q_len, n_heads, dv), NAN), torch.full_like(want_lse, NAN)
-        tensors = (lse, out, part, part_lse, *(torch.tensor(x, dtype=torch.int32) for x in (lens, starts)))
+        sums = torch.cat([torch.full((SUMS0, n_queries), NAN), part_lse])
+        tensors = (lse, out, part, sums, *(torch.tensor(x, dtype=torch.int32) for x in (lens, starts)))
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
         blocks = -(-n_queries * 2**log_parts // WARPS)
         library.run(blocks, len(lens), WARPS, *pointers, max_len, has_starts, log_parts, log_ways, workers)

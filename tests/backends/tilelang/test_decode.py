@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle
 
 import pytest
 import torch
@@ -13,9 +11,9 @@ import flexmla
 from flexmla import MLAShape, reference
 from flexmla.cases import Specialisation, random_case
 from flexmla.check import TILELANG, bounds, row_errors
-from flexmla.plan import device_record, tilelang_installed
-from flexmla.tiling import tile
+from flexmla.plan import tilelang_installed
 
+from .compiling import compile_all
 from .covering import covering_shapes
 
 pytestmark = [
@@ -35,20 +33,8 @@ Call = dict[str, "torch.Tensor | None"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    """Fills TileLang's disk cache on all cores."""
-    from flexmla.backends.tilelang.compile import prebuild
-
-    sm_count = device_record("cuda").sm_count
-    wanted = [(shape, dtype, 1, "contiguous") for shape in SHAPES for dtype in DTYPES]
-    wanted += [tuple(specialisation) for specialisation in TILELANG.specialisations]
-    jobs = [
-        (s, tile(s, 64, 8192, sm_count, q_len, small_pages), d, q_len, loader)
-        for s, d, q_len, loader in wanted
-        for small_pages in {"contiguous": [False], "pages": [False], "gather": [True], "scalar": [False, True]}[loader]
-    ]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
-        problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]
-    assert not problems, "\n".join(problems)
+    cases = [Specialisation(shape, dtype, 1, "contiguous") for shape, dtype in zip(SHAPES, cycle(DTYPES))]
+    compile_all([*cases, *TILELANG.specialisations])
 
 
 def inputs(shape: MLAShape, lens: list[int], max_len: int, dtype: torch.dtype, seed: int = 0) -> Call:
@@ -83,8 +69,11 @@ def check(call: Call, dtype: torch.dtype, **options: object) -> tuple[torch.Tens
     return out, lse
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    zip(SHAPES, cycle(DTYPES)),
+    ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES],
+)
 def test_every_shape_ragged_with_poison(shape: MLAShape, dtype: torch.dtype) -> None:
     check(inputs(shape, [300, 1, 0, 64, 65, 127], 300, dtype, seed=1), dtype)
     check(inputs(shape, [1999], 2100, dtype, seed=2), dtype)  # one row over many workers
@@ -233,21 +222,25 @@ def test_torch_compile_has_no_break() -> None:
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"softcap": 30.0}, "softcap"),
-        ({"score_scale": torch.ones(2, 90, 1)}, "score_scale"),
-        ({"v_cache": torch.ones(2, 90, 64, dtype=torch.float16)}, "v_cache"),
-    ],
-)
-def test_what_it_lacks_is_refused_by_name_and_taken_by_auto(change: dict[str, object], named: str) -> None:
-    call = inputs(MLAShape(16, 1, 512, 64), [90, 33], 90, torch.float16)
-    change = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
-    with pytest.raises(NotImplementedError, match=f"{named}.*torch"):
-        flexmla.mla_decode(**call, **change, backend="tilelang")  # type: ignore[arg-type]
-    out, lse = flexmla.mla_decode(**call, **change)  # type: ignore[arg-type]
-    assert row_errors(out, lse, *reference.mla_decode(**call, **change)).within(bounds(torch.float16))  # type: ignore[arg-type]
+def test_what_it_lacks_is_refused_by_name_and_taken_by_auto() -> None:
+    call = inputs(MLAShape(16, 1, 516, 64), [90, 33], 90, torch.float16)
+    with pytest.raises(NotImplementedError, match=r"dv.*516.*torch"):
+        flexmla.mla_decode(**call, backend="tilelang")  # type: ignore[arg-type]
+    out, lse = flexmla.mla_decode(**call)  # type: ignore[arg-type]
+    assert row_errors(out, lse, *reference.mla_decode(**call)).within(bounds(torch.float16))  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def test_options_of_a_known_signature_and_of_a_plan() -> None:
+    shape, dtype = MLAShape(16, 1, 512, 64), torch.float16
+    plan = flexmla.plan(shape, 2, 90, dtype=dtype, device="cuda")
+    for seed in range(3):
+        call = inputs(shape, [90, 33], 90, dtype, seed)
+        noise = torch.Generator("cuda").manual_seed(seed)
+        call["score_scale"] = torch.rand(2, 90, 1, generator=noise, device="cuda") + 0.5
+        out, lse = flexmla.mla_decode(**call, softcap=30.0, plan=plan, backend="tilelang")  # type: ignore[arg-type]
+        want = reference.mla_decode(**call, softcap=30.0)  # type: ignore[arg-type]
+        assert row_errors(out, lse, *want).within(bounds(dtype))
 
 
 @torch.inference_mode()

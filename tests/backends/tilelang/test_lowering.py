@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from flexmla import MLAShape
+from flexmla.shape import PLAIN, Scoring
 from flexmla.tiling import SMEM_PER_CTA, Tiling, loader_warps, shared_memory, threads_per_cta, tile
 
 pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
 
-# Each family at its boundaries: one and many groups, one and several CTAs an SM, widths that are no power of two.
+# Each family at its boundaries: one and many groups, one and several CTAs an SM, clusters, widths that are no power of
+# two or no multiple of a panel, options.
 CASES = [
     (MLAShape(32, 1, 512, 16), torch.float16, 1, "contiguous"),
     (MLAShape(32, 32, 512, 16), torch.bfloat16, 1, "pages"),
@@ -33,41 +35,57 @@ CASES = [
     (MLAShape(64, 8, 384, 16), torch.float16, 1, "gather"),
     (MLAShape(96, 1, 512, 0), torch.float16, 1, "scalar"),
     (MLAShape(128, 1, 512, 64), torch.bfloat16, 1, "contiguous"),
+    (MLAShape(9, 3, 24, 8), torch.float16, 1, "contiguous"),
+    (MLAShape(1, 1, 8, 2), torch.bfloat16, 1, "scalar"),
+    (MLAShape(15, 5, 160, 8), torch.bfloat16, 4, "gather"),
+    (MLAShape(32, 32, 1024, 16), torch.float16, 1, "contiguous"),
+    (MLAShape(32, 32, 2048, 16), torch.bfloat16, 1, "pages"),
+    (MLAShape(16, 16, 1536, 8), torch.float16, 4, "gather", Scoring(True, 16, torch.float16)),
+    (MLAShape(128, 128, 512, 256), torch.float16, 1, "contiguous"),
+    (MLAShape(16, 8, 512, 32), torch.float16, 1, "pages", Scoring(False, 8, torch.float32)),
+    (MLAShape(16, 1, 320, 256), torch.float16, 1, "contiguous", Scoring(True)),
+    (MLAShape(32, 1, 512, 16, 512), torch.bfloat16, 1, "gather"),
+    (MLAShape(127, 127, 96, 6, 200), torch.float16, 1, "scalar", Scoring(True, 127, torch.float16)),
 ]
+CASES = [(*case, PLAIN)[:5] for case in CASES]
 IDS = [
-    f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}-{str(d).removeprefix('torch.')}-q{q_len}-{loader}"
-    for s, d, q_len, loader in CASES
+    f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}-{s.out_width}-{str(d).removeprefix('torch.')}-q{q_len}-{loader}"
+    for s, d, q_len, loader, _ in CASES
 ]
 
 
-def planned(shape: MLAShape, q_len: int = 1) -> Tiling:
-    tiling = tile(shape, 64, 8192, 132, q_len)
+def planned(shape: MLAShape, q_len: int = 1, scoring: Scoring = PLAIN) -> Tiling:
+    tiling = tile(shape, 64, 8192, 132, q_len, scoring=scoring)
     assert tiling is not None
     return tiling
 
 
-@pytest.mark.parametrize(("shape", "dtype", "q_len", "loader"), CASES, ids=IDS)
+@pytest.mark.parametrize(("shape", "dtype", "q_len", "loader", "scoring"), CASES, ids=IDS)
 def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
-    shape: MLAShape, dtype: torch.dtype, q_len: int, loader: str, tmp_path: Path
+    shape: MLAShape, dtype: torch.dtype, q_len: int, loader: str, scoring: Scoring, tmp_path: Path
 ) -> None:
     from flexmla.backends.tilelang.compile import lower_source, missing_compilers
 
-    tiling = planned(shape, q_len)
-    source, attributes = lower_source(shape, tiling, dtype, q_len, loader)
+    tiling = planned(shape, q_len, scoring)
+    source, attributes = lower_source(shape, tiling, dtype, q_len, loader, scoring)
     assert "mma_sync" not in source
     wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
     consumers = 2 if tiling.family == "many_heads" else 1
     assert wgmmas == consumers * (3 if shape.d_pe else 2)  # rope scores, latent scores, output
     gathered = loader in ("gather", "scalar")
-    caches = 2 if shape.d_pe else 1
+    caches = 1 + bool(shape.d_pe) + (shape.v_width is not None)
     # one query token comes by TMA, several by cp.async, as its rotary part does into the block-sparse tile
     assert source.count("tl::tma_load(") == (q_len == 1) + (0 if gathered else caches)
-    copied = (q_len > 1) + (shape.d_pe > 0) + (caches if loader == "gather" else 0)
+    aligned = shape.d_pe > 0 and shape.d_pe % 8 == 0  # rotary queries
+    copied = (q_len > 1) + aligned + (caches if loader == "gather" else 0)
     assert len(re.findall(r"tl::cp_async_gs(?:_conditional)?<", source)) == copied
-    main = attributes["decode_kernel"]
+    assert source.count("flexmla_send(s") == (tiling.parts > 1)
+    plain = scoring == PLAIN and shape.v_width is None
+    main = attributes["decode_kernel" if plain else "decode_scored_kernel"]
     loaders = loader_warps(tiling.family, tiling.ctas_per_sm, gathered)
     assert int(main["thread_extent"]["threadIdx.x"]) == threads_per_cta(tiling.family, loaders)
-    estimate = shared_memory(shape, tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len)
+    sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len, tiling.parts)
+    estimate = shared_memory(shape, *sizes, scoring)
     assert int(main["dyn_shared_memory_buf"]) <= estimate <= SMEM_PER_CTA
 
     missing = missing_compilers()

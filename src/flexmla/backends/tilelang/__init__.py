@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shape import MLAShape
+from ...shape import PLAIN, MLAShape, Scoring
 from ...tiling import Tiling
 from .compile import kernel
 
@@ -23,15 +23,17 @@ class Launch:
 
     Attributes:
         run: the kernel.
-        loader: how it loads tiles, one of `decode.LOADERS`.
-        states: sizes of the partial states of all workers, whose sums lie behind them in the call's one workspace.
-        rest: its last arguments, numbers.
+        loader: how it loads tiles, one of `spec.LOADERS`.
+        workspace: elements of the partial states of all workers and of their sums.
+        rest: arguments that are numbers.
+        scored: whether scores or values are not plain, and the kernel takes what they are made with.
     """
 
     run: Any
     loader: str
-    states: tuple[int, int, int]
+    workspace: int
     rest: tuple[int, ...]
+    scored: bool
 
     def __call__(
         self,
@@ -42,7 +44,10 @@ class Launch:
         seq_lens: Tensor,
         block_table: Tensor | None,
         starts: Tensor | None,
+        v_cache: Tensor | None,
+        score_scale: Tensor | None,
         softmax_scale: float,
+        softcap: float,
         out: Tensor,
         lse: Tensor,
     ) -> None:
@@ -59,10 +64,11 @@ class Launch:
                 kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
         elif self.loader in ("contiguous", "pages"):
             kpe_cache = kpe_cache.flatten(2)
-        slots, n_queries, dv = self.states
-        # an allocation takes as long as four views
-        workspace = q_nope.new_empty(slots * n_queries * (dv + 2))
-        sums = workspace.view(torch.float32)
+        scoring: tuple[Any, ...] = ()
+        if self.scored:
+            inner_scale, softmax_scale = (softmax_scale / softcap, softcap) if softcap else (1.0, softmax_scale)
+            v_cache, score_scale = (ckv_cache if x is None else x for x in (v_cache, score_scale))
+            scoring = v_cache, score_scale, inner_scale
         self.run(
             q_nope,
             q_nope if q_pe is None else q_pe,
@@ -73,10 +79,10 @@ class Launch:
             block_table,
             out,
             lse,
-            workspace.as_strided(self.states, (n_queries * dv, dv, 1)),
-            sums.as_strided((slots, n_queries), (n_queries, 1), slots * n_queries * dv // 2),
+            q_nope.new_empty(self.workspace),
             softmax_scale,
             *self.rest,
+            *scoring,
         )
 
 
@@ -110,7 +116,9 @@ def decode(
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    launch = _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, causal, tiling)
+    launch = _launch(
+        q_nope, q_pe, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling
+    )
     if seq_lens is None:
         seq_lens = torch.full(q_nope.shape[:1], capacity, dtype=torch.int32, device=q_nope.device)
     if block_table is not None and block_table.stride(1) != 1:
@@ -120,11 +128,14 @@ def decode(
         q_nope, q_pe = q_nope * factor, None if q_pe is None else q_pe * factor
         softmax_scale = -softmax_scale or 1.0
     q_nope, seq_lens = _aligned(q_nope), _aligned(seq_lens)
-    q_pe, starts = None if q_pe is None else _aligned(q_pe), None if starts is None else _aligned(starts)
+    q_pe, starts = None if q_pe is None else _copyable(q_pe), None if starts is None else _aligned(starts)
     # the kernel writes dense results; a caller's strided ones are filled from those
     dense_out = out if _is_dense(out) else out.new_empty(out.shape)
     dense_lse = lse if _is_dense(lse) else lse.new_empty(lse.shape)
-    launch(q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, softmax_scale, dense_out, dense_lse)
+    launch(
+        q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale, softmax_scale, softcap,
+        dense_out, dense_lse,
+    )  # fmt: skip
     if dense_out is not out:
         out.copy_(dense_out)
     if dense_lse is not lse:
@@ -139,7 +150,10 @@ def launcher(
     seq_lens: Tensor | None,
     block_table: Tensor | None,
     starts: Tensor | None,
+    v_cache: Tensor | None,
+    score_scale: Tensor | None,
     softmax_scale: float,
+    softcap: float,
     causal: bool,
     tiling: Sequence[int],
     out: Tensor | None,
@@ -150,11 +164,15 @@ def launcher(
         return None
     if seq_lens is None or softmax_scale <= 0 or (block_table is not None and block_table.stride(1) != 1):
         return None
-    if not all(x is None or _is_aligned(x) for x in (q_nope, q_pe, seq_lens, starts)):
+    if not all(x is None or _is_aligned(x) for x in (q_nope, seq_lens, starts)):
+        return None
+    if q_pe is not None and not _is_copyable(q_pe):
         return None
     if not all(x is None or _is_dense(x) for x in (out, lse)):
         return None
-    return _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, causal, tiling)
+    return _launch(
+        q_nope, q_pe, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling
+    )
 
 
 def _capacity(ckv_cache: Tensor, block_table: Tensor | None) -> int:
@@ -165,51 +183,62 @@ def _capacity(ckv_cache: Tensor, block_table: Tensor | None) -> int:
 
 def _launch(
     q_nope: Tensor,
+    q_pe: Tensor | None,
     ckv_cache: Tensor,
     kpe_cache: Tensor | None,
     block_table: Tensor | None,
     starts: Tensor | None,
+    v_cache: Tensor | None,
+    score_scale: Tensor | None,
+    softcap: float,
     causal: bool,
     tiling: Sequence[int],
 ) -> Launch:
     _, q_len, n_heads, dv = q_nope.shape
     n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
-    loader = _loader(ckv_cache, kpe_cache, block_table is not None)
-    run, workers, *merge = _compiled(n_heads, n_rope_heads, dv, d_pe, tuple(tiling), q_nope.dtype, q_len, loader)
+    v_width = None if v_cache is None else v_cache.shape[2]
+    scale = (0, None) if score_scale is None else (score_scale.shape[2], score_scale.dtype)
+    scoring = (softcap > 0, *scale)
+    loader = _loader(ckv_cache, kpe_cache, v_cache, block_table is not None)
+    sizes = (n_heads, n_rope_heads, dv, d_pe, v_width)
+    run, workers, *merge = _compiled(sizes, tuple(tiling), q_nope.dtype, q_len, loader, scoring)
     log_page = LOG_UNPAGED if block_table is None else ckv_cache.shape[1].bit_length() - 1
     rest = (int(starts is not None), int(causal), _capacity(ckv_cache, block_table), log_page, workers, *merge)
-    return Launch(run, loader, (2 * workers, n_heads * q_len, dv), rest)
+    workspace = 2 * workers * n_heads * q_len * ((v_width or dv) + 2)  # a sum takes as much as two elements
+    return Launch(run, loader, workspace, rest, v_width is not None or scoring != PLAIN)
 
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(
-    n_heads: int,
-    n_rope_heads: int,
-    dv: int,
-    d_pe: int,
+    sizes: tuple[int, int, int, int, int | None],
     tiling: tuple[int, ...],
     dtype: torch.dtype,
     q_len: int,
     loader: str,
+    scoring: tuple[bool, int, torch.dtype | None],
 ) -> tuple[Any, int, int, int]:
     """The compiled kernel, and what of the tiling its launch takes."""
     chosen = Tiling.from_ints(tiling)
-    run = kernel(MLAShape(n_heads, n_rope_heads, dv, d_pe), chosen, dtype, q_len, loader)
+    run = kernel(MLAShape(*sizes), chosen, dtype, q_len, loader, Scoring(*scoring))
     return run, chosen.workers, chosen.log_merge_ways, chosen.log_merge_parts
 
 
-def _loader(ckv: Tensor, kpe: Tensor | None, paged: bool) -> str:
-    """How tiles can be loaded: one of `decode.LOADERS`."""
-    page_step, token_step, _ = ckv.stride()
-    steps, places, by_tma = page_step | token_step, ckv.data_ptr(), page_step > 0 < token_step
+def _loader(ckv: Tensor, kpe: Tensor | None, v: Tensor | None, paged: bool) -> str:
+    """How tiles can be loaded: one of `spec.LOADERS`."""
+    steps, places, by_tma = 0, 0, True
+    for cache in (ckv, kpe, v):
+        if cache is not None:
+            page_step, token_step = cache.stride()[:2]
+            steps, places = steps | page_step | token_step, places | cache.data_ptr()
+            by_tma = by_tma and page_step > 0 < token_step
     if kpe is not None:
-        page_step, token_step, key_step, _ = kpe.stride()
         n_rope_heads, d_pe = kpe.shape[2:]
-        steps, places = steps | page_step | token_step, places | kpe.data_ptr()
         if n_rope_heads > 1:
-            steps |= key_step
+            key_step = kpe.stride(2)
+            steps |= key_step if key_step != d_pe else 0
             by_tma = by_tma and key_step == d_pe
-        by_tma = by_tma and page_step > 0 < token_step
+        if n_rope_heads == 1 or not by_tma or (paged and ckv.shape[1] < 64):  # not all keys as one row
+            steps |= d_pe
     if (places | steps * ckv.element_size()) & 15:
         return "scalar"
     if not by_tma or (paged and ckv.shape[1] < 64):
@@ -227,6 +256,15 @@ def _is_aligned(tensor: Tensor) -> bool:
     width = tensor.element_size()
     steps_fit = all(step * width % 16 == 0 < step < 2**31 for step in outer)
     return steps_fit and last == 1 and tensor.data_ptr() % 16 == 0
+
+
+def _is_copyable(q_pe: Tensor) -> bool:
+    """Whether rotary queries can be copied as the kernels do: in pieces of 16 bytes, or of an element."""
+    return q_pe.shape[3] % 8 != 0 or _is_aligned(q_pe)
+
+
+def _copyable(q_pe: Tensor) -> Tensor:
+    return q_pe if _is_copyable(q_pe) else _aligned(q_pe)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

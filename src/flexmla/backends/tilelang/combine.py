@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from .schedule import Rows, count_before, row_span
+from .schedule import Rows, count_before, row_span, tiles_each
 
 LN2 = 0.6931471805599453
 LEAST = -1e38  # below every score: what a maximum starts from, so that a query that sees nothing needs no case
@@ -14,7 +14,7 @@ LOADS = 4  # states a lane has in flight; with the most ways, 8, they make 32
 @T.macro
 def combine(
     n_heads, q_len, dv, dtype, seq_lens, starts, has_starts, batch, capacity, block_n, workers, log_ways, log_parts,
-    out, lse, part, part_lse,
+    results,
 ):  # fmt: skip
     """The second launch, warps that share nothing; it may start early and waits where it needs the first one's results.
 
@@ -23,6 +23,11 @@ def combine(
     loads in flight. The first loads of states are under way before their weights are known. Whatever an address is made
     of is a variable of 32 bits: written as an expression, it would be computed again, in 64 bits, for every load.
     """
+    out = results.out
+    lse = results.lse
+    part = results.part
+    sums = results.sums
+    sums0 = results.sums0
     with T.Kernel(T.ceildiv(n_heads * q_len * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (
         block,
         row,
@@ -61,7 +66,7 @@ def combine(
         rows = Rows(seq_lens, starts, has_starts, batch, capacity, block_n)
         count_before(rows, lane, row, before, total)
         row_span(rows, row, begin, length, tiles)
-        total = T.max(T.truncdiv(total + workers - 1, workers), 1)  # tiles a worker
+        total = T.max(tiles_each(total, workers), 1)
         first = T.truncdiv(before, total)
         states = T.if_then_else(tiles > 0, T.truncdiv(before + tiles - 1, total) - first + 1, 0)
         T.pdl_sync()
@@ -82,20 +87,20 @@ def combine(
                 fresh = T.alloc_var(T.int32)
                 mine = LEAST
                 if lane < states:
-                    mine = part_lse[slot(first, lane), query]
+                    mine = sums[sums0 + slot(first, lane), query]
                 vector += lane - T.shift_left(way, 5 - log_ways)
                 load_states(part, value, first, states, way, log_ways, query, vector, end)
                 fresh = 1
                 top = T.max(mine, LEAST)
                 for z in T.serial(1, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
-                        top = T.max(top, part_lse[slot(first, z * 32 + lane), query])
+                        top = T.max(top, sums[sums0 + slot(first, z * 32 + lane), query])
                 for d in T.unroll(5):
                     top = T.max(top, T.shfl_xor(top, 16 >> d))
                 denom = T.if_then_else(lane < states, T.exp2(mine - top), 0)
                 for z in T.serial(1, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
-                        denom += T.exp2(part_lse[slot(first, z * 32 + lane), query] - top)
+                        denom += T.exp2(sums[sums0 + slot(first, z * 32 + lane), query] - top)
                 for d in T.unroll(5):
                     denom += T.shfl_xor(denom, 16 >> d)
                 for _ in T.serial(T.shift_right(run_vectors + span - 1, 5 - log_ways)):
@@ -111,7 +116,9 @@ def combine(
                             weight = 0.0
                             if state - way + lane < states:
                                 weight = T.exp2(
-                                    T.if_then_else(state == way, mine, part_lse[slot(first, state - way + lane), query])
+                                    T.if_then_else(
+                                        state == way, mine, sums[sums0 + slot(first, state - way + lane), query]
+                                    )
                                     - top
                                 )
                         for u in T.unroll(LOADS):

@@ -14,7 +14,7 @@ import tilelang
 import torch
 from tilelang import tvm
 
-from ...shape import MLAShape
+from ...shape import PLAIN, MLAShape, Scoring
 from ...tiling import Tiling
 from .decode import decode_program
 
@@ -27,7 +27,7 @@ PASS_CONFIGS = {
     # every access is guarded where it can leave its tensor
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 TELL_AFTER = 1.0  # seconds
 
@@ -36,13 +36,28 @@ _lock = threading.Lock()
 _kernels: dict[Any, Any] = {}
 
 
-def program(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous") -> Any:
-    """The TileLang program of a shape and tile; `loader` is one of `decode.LOADERS`."""
+def program(
+    shape: MLAShape,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    q_len: int = 1,
+    loader: str = "contiguous",
+    scoring: Scoring = PLAIN,
+) -> Any:
+    """The TileLang program of a shape and tile; `loader` is one of `spec.LOADERS`."""
     with tvm.target.Target(TARGET):
-        return decode_program(shape, tiling, q_len, loader, DTYPES[dtype])
+        scale_dtype = DTYPES[scoring.scale_dtype or dtype]
+        return decode_program(shape, tiling, q_len, loader, DTYPES[dtype], scoring, scale_dtype)
 
 
-def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous") -> Any:
+def kernel(
+    shape: MLAShape,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    q_len: int = 1,
+    loader: str = "contiguous",
+    scoring: Scoring = PLAIN,
+) -> Any:
     """The compiled kernel, from this process, the disk cache or the compiler, in this order.
 
     Raises:
@@ -56,9 +71,11 @@ def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, 
         tiling.block_n,
         tiling.stages,
         tiling.ctas_per_sm,
+        tiling.parts,
         dtype,
         q_len,
         loader,
+        scoring,
     )
     found = _kernels.get(key)
     if found is not None:
@@ -71,7 +88,7 @@ def kernel(shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, 
     with _lock:
         if key not in _kernels:
             with _told(f"{shape} in {dtype}"):
-                _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader))
+                _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader, scoring))
         return _kernels[key]
 
 
@@ -89,13 +106,18 @@ def _told(what: str) -> Iterator[None]:
 
 
 def prebuild(
-    shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous"
+    shape: MLAShape,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    q_len: int = 1,
+    loader: str = "contiguous",
+    scoring: Scoring = PLAIN,
 ) -> str | None:
     """Compiles a kernel into the disk cache; None, or what went wrong. For worker processes: it can be pickled."""
     try:
-        kernel(shape, tiling, dtype, q_len, loader)
+        kernel(shape, tiling, dtype, q_len, loader, scoring)
     except Exception as error:
-        return f"{shape} {dtype} q_len {q_len} {loader} {tiling}: {error}"
+        return f"{shape} {dtype} q_len {q_len} {loader} {scoring} {tiling}: {error}"
     return None
 
 
@@ -112,11 +134,18 @@ def _compile(func: Any) -> Any:
 
 
 def lower_source(
-    shape: MLAShape, tiling: Tiling, dtype: torch.dtype, q_len: int = 1, loader: str = "contiguous"
+    shape: MLAShape,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    q_len: int = 1,
+    loader: str = "contiguous",
+    scoring: Scoring = PLAIN,
 ) -> tuple[str, dict[str, Any]]:
     """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
     with tvm.target.Target(TARGET), tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()}):
-        artifact = tilelang.engine.lower(program(shape, tiling, dtype, q_len, loader), target=tvm.target.Target(TARGET))
+        artifact = tilelang.engine.lower(
+            program(shape, tiling, dtype, q_len, loader, scoring), target=tvm.target.Target(TARGET)
+        )
     return artifact.kernel_source, {name.name_hint: func.attrs for name, func in artifact.device_mod.functions.items()}
 
 

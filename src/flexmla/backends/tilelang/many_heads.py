@@ -18,38 +18,45 @@ LOG2E = 1.4426950408889634
 
 @T.macro
 def consume_many(
-    rows, stages, gathered, q_len, n_heads, n_queries, block_q, queries, dv, rope, dtype, q_sh, ckv_sh, q_rope_sh,
-    kpe_sh, full, empty, q_full, q_empty, out, lse, part, part_lse, softmax_scale, causal, query0, worker,
-    row: T.Ref, tile: T.Ref, left: T.Ref, tx,
-):  # fmt: skip
+    spec, rows, sh, results, softmax_scale, causal, group, worker, row: T.Ref, tile: T.Ref, left: T.Ref, tx
+):
     """Both consumer warpgroups: `left` tiles from (`row`, `tile`) on; write results and partial states."""
     T.inc_max_nreg(CONSUMER_REGISTERS)
     # Only now may the merge's CTAs come: those that wait for this launch must not hold the registers it waits for.
     T.sync_threads(5, CONSUMERS)
     T.pdl_trigger()
     if tx < 128:
-        consume_half(
-            0, rows, stages, gathered, q_len, n_heads, n_queries, block_q, queries, dv, rope, dtype, q_sh, ckv_sh,
-            q_rope_sh, kpe_sh, full, empty, q_full, q_empty, out, lse, part, part_lse, softmax_scale, causal, query0,
-            worker, row, tile, left,
-        )  # fmt: skip
+        consume_half(0, spec, rows, sh, results, softmax_scale, causal, group, worker, row, tile, left)
     else:
-        consume_half(
-            1, rows, stages, gathered, q_len, n_heads, n_queries, block_q, queries, dv, rope, dtype, q_sh, ckv_sh,
-            q_rope_sh, kpe_sh, full, empty, q_full, q_empty, out, lse, part, part_lse, softmax_scale, causal, query0,
-            worker, row, tile, left,
-        )  # fmt: skip
+        consume_half(1, spec, rows, sh, results, softmax_scale, causal, group, worker, row, tile, left)
 
 
 @T.macro
 def consume_half(
-    side, rows, stages, gathered, q_len, n_heads, n_queries, block_q, queries, dv, rope, dtype, q_sh, ckv_sh,
-    q_rope_sh, kpe_sh, full, empty, q_full, q_empty, out, lse, part, part_lse, softmax_scale, causal, query0, worker,
-    row: T.Ref, tile: T.Ref, left: T.Ref,
-):  # fmt: skip
+    side, spec, rows, sh, results, softmax_scale, causal, group, worker, row: T.Ref, tile: T.Ref, left: T.Ref
+):
     """One of them: columns `[side * dv / 2, (side + 1) * dv / 2)` of the output."""
-    block_n = rows.block_n
-    width = dv // 2
+    q_len = spec.q_len
+    queries = spec.queries
+    block_n = spec.block_n
+    stages = spec.stages
+    rope = spec.rope
+    dtype = spec.dtype
+    q_sh = sh.q
+    q_rope_sh = sh.q_rope
+    ckv_sh = sh.ckv
+    kpe_sh = sh.kpe
+    full = sh.full
+    empty = sh.empty
+    q_full = sh.q_full
+    q_empty = sh.q_empty
+    out = results.out
+    lse = results.lse
+    state = results.part
+    sums = results.sums
+    sums0 = results.sums0
+    query0 = group * spec.block_q
+    width = spec.k // 2
     col0 = side * width
     span = 1 << (width - 1).bit_length()  # of loops over width: their index arithmetic stays shifts
     f32 = T.float32
@@ -83,7 +90,7 @@ def consume_half(
                 low = begin - first
                 high = length - first
                 T.mbarrier_wait_parity(full[stage], (step // stages) & 1)
-                if gathered:
+                if spec.vector > 0:
                     T.fence_proxy_async()
                 if rope > 0:
                     T.wgmma_gemm(q_rope_sh, kpe_sh[stage, :, :], s, transpose_B=True, clear_accum=True)
@@ -93,7 +100,7 @@ def consume_half(
                     for h, i in T.Parallel(queries, block_n):
                         unseen = causal * (q_len - 1 - h % q_len)
                         s[h, i] = T.if_then_else(T.And(i >= low, i < high - unseen), s[h, i], -T.infinity(f32))
-                    if not gathered:
+                    if spec.vector == 0:
                         # what lies outside the row may be NaN, and 0 * NaN is NaN; each clears its own columns
                         for i, c in T.Parallel(block_n, span):
                             if T.Or(i < low, i >= high) and c < width:
@@ -127,22 +134,22 @@ def consume_half(
             T.copy(o, q_sh[:, col0 : col0 + width])
             T.sync_threads(3 + side, 128)
             if count == tiles:
-                for h, i in T.Parallel(block_q, span):
-                    if query0 + h < n_queries and i < width:
+                for h, i in T.Parallel(spec.block_q, span):
+                    if query0 + h < spec.n_queries and i < width:
                         out[row, h % q_len, (query0 // q_len) + h // q_len, col0 + i] = q_sh[h, col0 + i]
                 if side == 0:
                     for h in T.Parallel(queries):
-                        if h < block_q and query0 + h < n_queries:
+                        if h < spec.block_q and query0 + h < spec.n_queries:
                             lse[row, (query0 // q_len) + h // q_len, h % q_len] = (T.log2(norm[h]) + m[h]) * LN2
             else:
                 slot = 2 * worker + T.if_then_else(tile == 0, 1, 0)
-                for h, i in T.Parallel(block_q, span):
-                    if query0 + h < n_queries and i < width:
-                        part[slot, query0 + h, col0 + i] = q_sh[h, col0 + i]
+                for h, i in T.Parallel(spec.block_q, span):
+                    if query0 + h < spec.n_queries and i < width:
+                        state[slot, query0 + h, col0 + i] = q_sh[h, col0 + i]
                 if side == 0:
                     for h in T.Parallel(queries):
-                        if h < block_q and query0 + h < n_queries:
-                            part_lse[slot, query0 + h] = T.log2(norm[h]) + m[h]
+                        if h < spec.block_q and query0 + h < spec.n_queries:
+                            sums[sums0 + slot, query0 + h] = T.log2(norm[h]) + m[h]
             T.fence_proxy_async()
             T.mbarrier_arrive(q_empty)
             seg += 1

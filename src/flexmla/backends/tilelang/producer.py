@@ -13,40 +13,40 @@ TOGETHER = 8  # copies of a lane that are written out side by side, so that thei
 
 
 class Caches(NamedTuple):
-    """The caches, what finds a token in them, and the ring of stages they are loaded into.
+    """The caches, what finds a token in them, and where a CTA's columns begin.
 
     Attributes:
         ckv: `[n_pages, page_size, dv]`; the rows of contiguous caches count as pages.
         kpe: `[n_pages, page_size, n_rope_heads, d_pe]`, or several keys as `[n_pages, page_size, n_rope_heads * d_pe]`.
+        v: `[n_pages, page_size, width]`, a stand-in where values are latents.
+        scale: `[n_pages, page_size, scale_heads]`, a stand-in where there is none.
         block_table: int32 `[batch, max_pages]`, a stand-in where `paged` is not.
         log_page: two's logarithm of page_size.
         paged: whether block_table is looked at.
-        ckv_sh: `[stages, block_n, dv]`.
-        kpe_sh: `[stages, block_n, rope]`.
-        rope: columns of a rotary-key tile, 0 for none.
-        rope_head0: first rotary key of the CTA's heads.
-        full, empty: a barrier a stage.
+        k0, v0: first column of the CTA's part of latents and values.
+        rope0: first column of the CTA's rotary keys, of all of a token's keys side by side.
+        scale0: first multiplier of the CTA's heads.
     """
 
     ckv: Any
     kpe: Any
+    v: Any
+    scale: Any
     block_table: Any
     log_page: Any
     paged: bool
-    ckv_sh: Any
-    kpe_sh: Any
-    rope: int
-    rope_head0: Any
-    d_pe: int
-    full: Any
-    empty: Any
+    k0: Any
+    v0: Any
+    rope0: Any
+    scale0: Any
 
 
 @T.macro
-def stream_tiles(caches, rows, stages, row: T.Ref, tile: T.Ref, left: T.Ref):
+def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.Ref):
     """A warp copies `left` tiles from (`row`, `tile`) on into the ring of stages; TMA zero-fills past the cache."""
-    block_n, rope = rows.block_n, caches.rope
-    column = caches.rope_head0 * caches.d_pe
+    block_n = spec.block_n
+    rope = spec.rope
+    stages = spec.stages
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -65,29 +65,42 @@ def stream_tiles(caches, rows, stages, row: T.Ref, tile: T.Ref, left: T.Ref):
             if caches.paged:
                 page = caches.block_table[row, T.shift_right(slot, caches.log_page)]
                 slot = slot & (T.shift_left(1, caches.log_page) - 1)
-            T.mbarrier_wait_parity(caches.empty[stage], ((step // stages) & 1) ^ 1)
+            T.mbarrier_wait_parity(sh.empty[stage], ((step // stages) & 1) ^ 1)
             if rope > 0:
                 if len(caches.kpe.shape) == 4:
                     T.tma_copy(
-                        caches.kpe[page, slot : slot + block_n, 0, 0:rope],
-                        caches.kpe_sh[stage, :, :],
-                        barrier=caches.full[stage],
+                        caches.kpe[page, slot : slot + block_n, 0, caches.rope0 : caches.rope0 + rope],
+                        sh.kpe[stage, :, :],
+                        barrier=sh.full[stage],
                         leader_scope_threads=32,
                     )
                 else:
                     T.tma_copy(
-                        caches.kpe[page, slot : slot + block_n, column : column + rope],
-                        caches.kpe_sh[stage, :, :],
-                        barrier=caches.full[stage],
+                        caches.kpe[page, slot : slot + block_n, caches.rope0 : caches.rope0 + rope],
+                        sh.kpe[stage, :, :],
+                        barrier=sh.full[stage],
                         leader_scope_threads=32,
                     )
             T.tma_copy(
-                caches.ckv[page, slot : slot + block_n, :],
-                caches.ckv_sh[stage, :, :],
-                barrier=caches.full[stage],
+                caches.ckv[page, slot : slot + block_n, caches.k0 : caches.k0 + spec.k],
+                sh.ckv[stage, :, :],
+                barrier=sh.full[stage],
                 leader_scope_threads=32,
             )
-            T.mbarrier_arrive(caches.full[stage])
+            if spec.v > 0:
+                T.tma_copy(
+                    caches.v[page, slot : slot + block_n, caches.v0 : caches.v0 + spec.v],
+                    sh.v[stage, :, :],
+                    barrier=sh.full[stage],
+                    leader_scope_threads=32,
+                )
+            if spec.scales > 0:
+                for half in T.unroll(block_n // 32):
+                    fetch_scales(
+                        spec, caches, sh.scale, stage, half * 32 + lane, page, slot + half * 32 + lane,
+                        (begin // block_n + tile + j) * block_n + half * 32 + lane, begin, length,
+                    )  # fmt: skip
+            T.mbarrier_arrive(sh.full[stage])
             step += 1
         left -= count
         row += 1
@@ -95,21 +108,29 @@ def stream_tiles(caches, rows, stages, row: T.Ref, tile: T.Ref, left: T.Ref):
 
 
 @T.macro
-def gather_tiles(caches, rows, stages, vector, dv, warps, warp, lane, row: T.Ref, tile: T.Ref, left: T.Ref):
+def fetch_scales(spec, caches, scale_sh, stage, token, page, slot, position, begin, length):
+    """A lane loads one token's multipliers for the CTA's heads; of a token that is not visible nothing is read."""
+    for key in T.serial(spec.scales):
+        scale_sh[stage, token, key] = 0
+        if position >= begin and position < length and page >= 0 and caches.scale0 + key < spec.scale_heads:
+            scale_sh[stage, token, key] = T.cast(caches.scale[page, slot, caches.scale0 + key], T.float32)
+
+
+@T.macro
+def gather_tiles(spec, caches, rows, sh, warps, warp, lane, row: T.Ref, tile: T.Ref, left: T.Ref):
     """As `stream_tiles`, by `warps` warps and a token at a time, with zeros for the slots that are not visible.
 
-    A lane copies `vector` elements at once: 8 by cp.async, where everything is aligned to 16 bytes, or 1. A page
+    A lane copies `spec.vector` elements at once: 8 by cp.async, where everything is aligned to 16 bytes, or 1. A page
     number that is none reads nothing.
     """
-    block_n, rope = rows.block_n, caches.rope
+    block_n = spec.block_n
+    stages = spec.stages
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
     begin = T.alloc_var(T.int32)
     length = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
-    page = T.alloc_var(T.int32)
-    slot = T.alloc_var(T.int32)
     mask = T.alloc_var(T.int32)
     pages = T.alloc_local((2,), T.int32)
     mask = T.shift_left(1, caches.log_page) - 1
@@ -126,20 +147,30 @@ def gather_tiles(caches, rows, stages, vector, dv, warps, warp, lane, row: T.Ref
                     pages[half] = caches.block_table[row, T.shift_right(first + half * 32 + lane, caches.log_page)]
                     if pages[half] >= caches.ckv.shape[0]:
                         pages[half] = -1
-            T.mbarrier_wait_parity(caches.empty[stage], ((step // stages) & 1) ^ 1)
+            T.mbarrier_wait_parity(sh.empty[stage], ((step // stages) & 1) ^ 1)
             for half in T.unroll(2):
                 gather_part(
-                    caches.ckv, caches.ckv_sh, pages[half], first, mask, half, stage, vector, dv, dv, 0, warps, warp,
-                    lane,
+                    spec, caches.ckv, sh.ckv, pages[half], first, mask, half, stage, spec.k, caches.k0, spec.dv, warps,
+                    warp, lane,
                 )  # fmt: skip
-                if rope > 0:
+                if spec.rope > 0:
                     gather_part(
-                        caches.kpe, caches.kpe_sh, pages[half], first, mask, half, stage, vector, rope, caches.d_pe,
-                        caches.rope_head0, warps, warp, lane,
+                        spec, caches.kpe, sh.kpe, pages[half], first, mask, half, stage, spec.rope, caches.rope0,
+                        spec.d_pe, warps, warp, lane,
                     )  # fmt: skip
-            if vector > 1:
-                T.cp_async_barrier_noinc(caches.full[stage])
-            T.mbarrier_arrive(caches.full[stage])
+                if spec.v > 0:
+                    gather_part(
+                        spec, caches.v, sh.v, pages[half], first, mask, half, stage, spec.v, caches.v0, spec.width,
+                        warps, warp, lane,
+                    )  # fmt: skip
+                if spec.scales > 0 and warp == half % warps:
+                    fetch_scales(
+                        spec, caches, sh.scale, stage, half * 32 + lane, pages[half],
+                        (first + half * 32 + lane) & mask, first + half * 32 + lane, begin, length,
+                    )  # fmt: skip
+            if spec.vector > 1:
+                T.cp_async_barrier_noinc(sh.full[stage])
+            T.mbarrier_arrive(sh.full[stage])
             step += 1
         left -= count
         row += 1
@@ -147,8 +178,12 @@ def gather_tiles(caches, rows, stages, vector, dv, warps, warp, lane, row: T.Ref
 
 
 @T.macro
-def gather_part(cache, tile_sh, my_page, first, mask, half, stage, vector, width, per_key, key0, warps, warp, lane):
-    """Copies rows of `width` elements of 32 tokens, a lane `vector` elements at once; lane i knows token i's page."""
+def gather_part(spec, cache, tile_sh, my_page, first, mask, half, stage, width, column0, per_key, warps, warp, lane):
+    """Copies columns `[column0, column0 + width)` of 32 tokens, zeros past the last; lane i knows token i's page.
+
+    `per_key` is the width of a key, or of the latent, whose columns are one key's.
+    """
+    vector = spec.vector
     page = T.alloc_var(T.int32)
     together = min(TOGETHER, width // vector)
     chunks = width // vector // together
@@ -163,41 +198,51 @@ def gather_part(cache, tile_sh, my_page, first, mask, half, stage, vector, width
                 page = T.shfl_sync(my_page, token)
                 slot = (first + half * 32 + token) & mask
                 if len(cache.shape) == 3:
+                    there = page >= 0
+                    if width > per_key or spec.parts > 1:
+                        there = T.And(page >= 0, column0 + column < per_key)
                     if vector > 1:
                         T.ptx_cp_async(
                             T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                            T.access_ptr(cache[page, slot, column], "r", vector),
-                            vector,
-                            page >= 0,
-                        )
-                    else:
-                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
-                            page >= 0, cache[page, slot, column], 0
-                        )
-                else:
-                    key = key0 + column // per_key
-                    there = T.And(page >= 0, key < cache.shape[2])
-                    if vector > 1:
-                        T.ptx_cp_async(
-                            T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                            T.access_ptr(cache[page, slot, key, column % per_key], "r", vector),
+                            T.access_ptr(cache[page, slot, column0 + column], "r", vector),
                             vector,
                             there,
                         )
                     else:
                         tile_sh[stage, half * 32 + token, column] = T.if_then_else(
-                            there, cache[page, slot, key, column % per_key], 0
+                            there, cache[page, slot, column0 + column], 0
+                        )
+                else:
+                    key = (column0 + column) // per_key
+                    known = T.And(page >= 0, key < cache.shape[2])
+                    if vector > 1:
+                        T.ptx_cp_async(
+                            T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
+                            T.access_ptr(cache[page, slot, key, (column0 + column) % per_key], "r", vector),
+                            vector,
+                            known,
+                        )
+                    else:
+                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
+                            known, cache[page, slot, key, (column0 + column) % per_key], 0
                         )
 
 
 @T.macro
 def fetch_queries(
-    q_nope, q_pe, q_sh, q_rope_sh, rows, n_heads, block_q, queries, q_len, rep, d_pe, rope, head0, q_full, q_empty,
-    lane, row: T.Ref, tile: T.Ref, left: T.Ref,
+    spec, q_nope, q_pe, sh, rows, group, part, rope0, lane, row: T.Ref, tile: T.Ref, left: T.Ref,
 ):  # fmt: skip
     """A warp loads each row's queries; the rotary part stays zero where a query and a key of the tile do not match."""
-    dv = q_sh.shape[1]
-    copied = q_len > 1 or rope > 0  # besides what the TMA unit does
+    q_len = spec.q_len
+    queries = spec.queries
+    d_pe = spec.d_pe
+    rope = spec.rope
+    k = spec.k
+    head0 = group * spec.block_h
+    k0 = part * k
+    lanes = 8 if d_pe % 8 == 0 else 1  # elements of a rotary query that a lane copies at once
+    q_sh = sh.q
+    q_rope_sh = sh.q_rope
     if rope > 0:
         for h, c in T.Parallel(queries, rope):
             q_rope_sh[h, c] = 0
@@ -212,36 +257,42 @@ def fetch_queries(
         row_span(rows, row, begin, length, tiles)
         count = T.min(tiles - tile, left)
         if count > 0:
-            T.mbarrier_wait_parity(q_empty, (seg & 1) ^ 1)
+            T.mbarrier_wait_parity(sh.q_empty, (seg & 1) ^ 1)
             if q_len == 1:
-                T.tma_copy(q_nope[row, 0, head0 : head0 + queries, :], q_sh, barrier=q_full, leader_scope_threads=32)
+                T.tma_copy(
+                    q_nope[row, 0, head0 : head0 + queries, k0 : k0 + k], q_sh, barrier=sh.q_full,
+                    leader_scope_threads=32,
+                )  # fmt: skip
             else:
-                for some in T.serial(queries * dv // (256 * 4)):
+                for some in T.serial(queries * k // (256 * 4)):
                     for u in T.unroll(4):
                         place = ((some * 4 + u) * 32 + lane) * 8
-                        query = place // dv
+                        query = place // k
                         head = head0 + query // q_len
                         T.ptx_cp_async(
-                            T.access_ptr(q_sh[query, place % dv], "w", 8),
-                            T.access_ptr(q_nope[row, query % q_len, head, place % dv], "r", 8),
+                            T.access_ptr(q_sh[query, place % k], "w", 8),
+                            T.access_ptr(q_nope[row, query % q_len, head, k0 + place % k], "r", 8),
                             8,
-                            T.And(query < block_q, head < n_heads),
+                            T.And(T.And(query < spec.block_q, head < spec.n_heads), k0 + place % k < spec.dv),
                         )
             if rope > 0:
-                for some in T.serial(-(-block_q * d_pe // 256)):
-                    place = (some * 32 + lane) * 8
+                for some in T.serial(-(-spec.block_q * d_pe // (32 * lanes))):
+                    place = (some * 32 + lane) * lanes
                     query = place // d_pe
                     head = head0 + query // q_len
-                    if query < block_q and head < n_heads:
-                        key = head // rep - head0 // rep
-                        T.ptx_cp_async(
-                            T.access_ptr(q_rope_sh[query, key * d_pe + place % d_pe], "w", 8),
-                            T.access_ptr(q_pe[row, query % q_len, head, place % d_pe], "r", 8),
-                            8,
-                        )
-            if copied:
-                T.cp_async_barrier_noinc(q_full)
-            T.mbarrier_arrive(q_full)
+                    column = head // spec.rep * d_pe + place % d_pe - rope0
+                    if query < spec.block_q and head < spec.n_heads and column >= 0 and column < rope:
+                        if lanes > 1:
+                            T.ptx_cp_async(
+                                T.access_ptr(q_rope_sh[query, column], "w", lanes),
+                                T.access_ptr(q_pe[row, query % q_len, head, place % d_pe], "r", lanes),
+                                lanes,
+                            )
+                        else:
+                            q_rope_sh[query, column] = q_pe[row, query % q_len, head, place % d_pe]
+            if q_len > 1 or (rope > 0 and lanes > 1):
+                T.cp_async_barrier_noinc(sh.q_full)
+            T.mbarrier_arrive(sh.q_full)
             seg += 1
         left -= count
         row += 1

@@ -42,6 +42,11 @@ def row_span(rows, row, begin: T.Ref, length: T.Ref, tiles: T.Ref):
     tiles = T.if_then_else(begin < length, T.ceildiv(length, rows.block_n) - begin // rows.block_n, 0)
 
 
+def tiles_each(total, workers):
+    """Tiles of a worker's run, 0 where there are none."""
+    return T.truncdiv(total + workers - 1, workers)
+
+
 def warp_sum(value):
     """The sum of an int32 over the lanes of a warp."""
     return T.call_extern("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), value)
@@ -124,7 +129,7 @@ def share(rows, lane, worker, workers, row: T.Ref, tile: T.Ref, left: T.Ref):
     total = T.alloc_var(T.int32)
     chunk = T.alloc_var(T.int32)
     count_before(rows, lane, 0, before, total)
-    chunk = T.truncdiv(total + workers - 1, workers)
+    chunk = tiles_each(total, workers)
     left = T.min(chunk, total - worker * chunk)
     row = 0
     tile = 0

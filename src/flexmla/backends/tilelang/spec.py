@@ -1,0 +1,136 @@
+"""What a decode kernel is specialised to: the numbers that its pieces share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ...shape import MLAShape, Scoring
+from ...tiling import Tiling, keys_per_group, padded_queries, part_width, rope_tile_width
+
+# loaders: contiguous caches by TMA, pages of at least a tile by TMA, and token by token: 8 or 1 elements at once
+LOADERS = ("contiguous", "pages", "gather", "scalar")
+
+
+class Spec(NamedTuple):
+    """Sizes that the compiler knows.
+
+    Attributes:
+        n_heads, d_pe: of the shape.
+        rep: heads that share a rotary key.
+        q_len: query tokens a row.
+        dv: columns of a latent.
+        width: columns of an output head.
+        scale_heads: heads of score_scale, 0 without it.
+        softcap: whether scores are capped.
+        dtype: TileLang's name of the dtype of queries, caches and outputs.
+        vector: elements that a lane of a gathering warp copies at once; 0 where tiles come by TMA.
+        stages: tiles of the ring.
+        block_n: tokens of a tile.
+        block_h, block_q: heads and queries of a CTA.
+        queries: rows of its query tile, padded.
+        n_queries: queries of a batch row.
+        groups: head groups.
+        parts: CTAs of a cluster, each with its part of all columns.
+        k, v, out, rope: columns of a CTA's tiles of latents, separate values (0 without them), outputs and rotary keys
+            (0 without them), padded.
+        scales: multipliers of a token that a CTA's heads use.
+    """
+
+    n_heads: int
+    d_pe: int
+    rep: int
+    q_len: int
+    dv: int
+    width: int
+    scale_heads: int
+    softcap: bool
+    dtype: str
+    vector: int
+    stages: int
+    block_n: int
+    block_h: int
+    block_q: int
+    queries: int
+    n_queries: int
+    groups: int
+    parts: int
+    k: int
+    v: int
+    out: int
+    rope: int
+    scales: int
+
+
+def specialise(shape: MLAShape, tiling: Tiling, q_len: int, loader: str, dtype: str, scoring: Scoring) -> Spec:
+    """The sizes of a shape and tile."""
+    block_q = tiling.block_h * q_len
+    k = part_width(shape.dv, tiling.parts)
+    v = 0 if shape.v_width is None else part_width(shape.v_width, tiling.parts)
+    heads = scoring.scale_heads
+    return Spec(
+        n_heads=shape.n_heads,
+        d_pe=shape.d_pe,
+        rep=shape.n_heads // shape.n_rope_heads,
+        q_len=q_len,
+        dv=shape.dv,
+        width=shape.out_width,
+        scale_heads=heads,
+        softcap=scoring.softcap,
+        dtype=dtype,
+        vector={"gather": 8, "scalar": 1}.get(loader, 0),
+        stages=tiling.stages,
+        block_n=tiling.block_n,
+        block_h=tiling.block_h,
+        block_q=block_q,
+        queries=padded_queries(tiling.family, block_q),
+        n_queries=shape.n_heads * q_len,
+        groups=-(-shape.n_heads // tiling.block_h),
+        parts=tiling.parts,
+        k=k,
+        v=v,
+        out=v or k,
+        rope=rope_tile_width(shape, tiling.block_h, tiling.parts) if shape.d_pe else 0,
+        scales=keys_per_group(shape.n_heads, heads, tiling.block_h) if heads else 0,
+    )
+
+
+class Shared(NamedTuple):
+    """A CTA's shared memory; what a kernel does not have is a stand-in.
+
+    Attributes:
+        q, q_rope: `[queries, k]` and `[queries, rope]`.
+        ckv, kpe, v: `[stages, block_n, ...]`.
+        scale: float32 `[stages, block_n, scales]`.
+        out: `[queries, out]`; the query tile, which the output passes through, where values are latents.
+        full, empty: a barrier a stage. q_full, q_empty: of the query tile.
+    """
+
+    q: Any
+    q_rope: Any
+    ckv: Any
+    kpe: Any
+    v: Any
+    scale: Any
+    out: Any
+    full: Any
+    empty: Any
+    q_full: Any
+    q_empty: Any
+
+
+class Results(NamedTuple):
+    """Where results go.
+
+    Attributes:
+        out: `[batch, q_len, n_heads, width]`.
+        lse: `[batch, n_heads, q_len]`.
+        part: partial states `[slots, n_queries, width]`.
+        sums: float32 `[sums0 + slots, n_queries]`: log2 of a state's sum of exponentials, from row sums0 on.
+        sums0: a row.
+    """
+
+    out: Any
+    lse: Any
+    part: Any
+    sums: Any
+    sums0: Any

@@ -1,0 +1,29 @@
+"""Fills TileLang's disk cache on all cores, ahead of the tests that launch the kernels."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+from flexmla.cases import Specialisation
+from flexmla.plan import device_record
+from flexmla.tiling import tile
+
+# Whether a call of the loader may be one with small pages, whose tiles are loaded once.
+ONCE = {"contiguous": [False], "pages": [False], "gather": [True], "scalar": [False, True]}
+
+
+def compile_all(specialisations: Iterable[Specialisation]) -> None:
+    from flexmla.backends.tilelang.compile import prebuild
+
+    sm_count = device_record("cuda").sm_count
+    jobs = [
+        (s.shape, tile(s.shape, 64, 8192, sm_count, s.q_len, once, s.scoring), *s[1:])
+        for s in specialisations
+        for once in ONCE[s.loader]
+    ]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
+        problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]
+    assert not problems, "\n".join(problems)
