@@ -246,11 +246,9 @@ def test_every_tilelang_case_has_the_memory_that_its_specialisation_is_for():
     for seed in range(120):
         case = random_case(seed, check.TILELANG)
         steps, places = [], []
-        by_tma = not case.paged or case.ckv_cache.shape[1] >= 64
         for tensor in (case.ckv_cache, case.kpe_cache, case.options.get("v_cache")):
             if tensor is not None:
-                rows = tensor.flatten(2) if by_tma else tensor  # TMA takes a token's rotary keys as one row
-                steps += [s for s, n in zip(rows.stride()[:-1], rows.shape, strict=False) if n > 1]
+                steps += [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
                 places.append(tensor.data_ptr() - tensor.untyped_storage().data_ptr())
         page = case.ckv_cache.shape[1] if case.paged else None
         found = [

@@ -68,14 +68,9 @@ def _drawn(count: int, **lists: Sequence[Any]) -> tuple[Specialisation, ...]:
         if scale is not None:
             scoring = Scoring(drawn["softcap"], groups, dtype if scale == "same" else scale)
         shape = MLAShape(n_heads, groups if drawn["d_pe"] else 1, drawn["dv"], drawn["d_pe"], drawn["v_width"])
-        found.append(Specialisation(shape, dtype, drawn["q_len"], _possible(drawn["loader"], shape), scoring))
+        loader = "scalar" if shape.d_pe % 8 else drawn["loader"]  # where keys do not begin at multiples of 16 bytes
+        found.append(Specialisation(shape, dtype, drawn["q_len"], loader, scoring))
     return tuple(found)
-
-
-def _possible(loader: str, shape: MLAShape) -> str:
-    """The loader, or the one by single elements where rows of rotary keys cannot be aligned to what it copies."""
-    key = shape.d_pe * (shape.n_rope_heads if loader in ("contiguous", "pages") and shape.n_rope_heads > 1 else 1)
-    return "scalar" if key % 8 else loader
 
 
 # What the TileLang backend takes, from a number of kernels that can be compiled in minutes.

@@ -12,7 +12,7 @@ from .shape import PLAIN, MLAShape, Scoring
 SMEM_PER_CTA = 232448  # bytes, compute capability 9.0
 SMEM_PER_SM = 233472
 SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
-BARRIER_BYTES = 256
+BARRIER_BYTES = 1024  # a few, but what comes before tiles is as long as their alignment
 SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
@@ -20,6 +20,8 @@ BLOCK_N = 64
 PANEL = 64  # columns of a latent tile that one swizzle covers; the MMA takes whole panels
 MAX_PART = 512  # latent columns of a CTA: its accumulator and two tiles in flight fit
 MAX_PARTS = 8  # CTAs of a cluster
+# Share of the SMs that clusters of 1 to 8 CTAs reach, as they lie inside a GPC: by cudaOccupancyMaxActiveClusters on an H100.
+CLUSTERED = (1.0, 1.0, 0.89, 0.91, 0.835, 0.775, 0.8, 0.91)
 MAX_STAGES = 4
 GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
@@ -122,7 +124,7 @@ def shared_memory(
     if family == "few_heads":
         total += 2 * block_n * queries + 2 * 4 * 4 * queries  # probabilities; maxima and sums, a row a warp
     if parts > 1:
-        total += 2 * parts * 4 * block_n * queries  # the parts' scores of this tile and the next
+        total += 2 * (parts - 1) * 4 * block_n * queries  # the other parts' scores of this tile and the next
     return total
 
 
@@ -177,7 +179,8 @@ def _tilings(
                 wanted = max(least_stages, 3 if ctas > 1 else 1)
                 for stages in range(MAX_STAGES, wanted - 1, -1):
                     if shared_memory(shape, family, block_h, block_n, stages, q_len, parts, scoring) <= limit:
-                        workers = _workers(sm_count * ctas // (groups * parts), batch, row_tiles)
+                        clusters = int(sm_count * CLUSTERED[parts - 1]) // parts * ctas
+                        workers = _workers(clusters // groups, batch, row_tiles)
                         merge = _merge(shape, batch, q_len, workers, sm_count)
                         yield Tiling(family, block_h, block_n, stages, ctas, parts, workers, *merge)
 

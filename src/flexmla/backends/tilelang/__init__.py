@@ -233,12 +233,10 @@ def _loader(ckv: Tensor, kpe: Tensor | None, v: Tensor | None, paged: bool) -> s
             by_tma = by_tma and page_step > 0 < token_step
     if kpe is not None:
         n_rope_heads, d_pe = kpe.shape[2:]
+        steps |= d_pe  # a group's keys may begin at any of them
         if n_rope_heads > 1:
-            key_step = kpe.stride(2)
-            steps |= key_step if key_step != d_pe else 0
-            by_tma = by_tma and key_step == d_pe
-        if n_rope_heads == 1 or not by_tma or (paged and ckv.shape[1] < 64):  # not all keys as one row
-            steps |= d_pe
+            steps |= kpe.stride(2)
+            by_tma = by_tma and kpe.stride(2) == d_pe
     if (places | steps * ckv.element_size()) & 15:
         return "scalar"
     if not by_tma or (paged and ckv.shape[1] < 64):

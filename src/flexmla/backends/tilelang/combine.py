@@ -14,7 +14,7 @@ LOADS = 4  # states a lane has in flight; with the most ways, 8, they make 32
 @T.macro
 def combine(
     n_heads, q_len, dv, dtype, seq_lens, starts, has_starts, batch, capacity, block_n, workers, log_ways, log_parts,
-    results,
+    results, cluster=1,
 ):  # fmt: skip
     """The second launch, warps that share nothing; it may start early and waits where it needs the first one's results.
 
@@ -28,10 +28,9 @@ def combine(
     part = results.part
     sums = results.sums
     sums0 = results.sums0
-    with T.Kernel(T.ceildiv(n_heads * q_len * T.shift_left(1, log_parts), WARPS), batch, threads=32 * WARPS) as (
-        block,
-        row,
-    ):
+    # TileLang gives all launches of a program the same clusters, which divide the grid
+    blocks = T.ceildiv(n_heads * q_len * T.shift_left(1, log_parts), WARPS * cluster) * cluster
+    with T.Kernel(blocks, batch, threads=32 * WARPS) as (block, row):
         T.annotate_min_blocks_per_sm(6)
         acc = T.alloc_local((VECTOR,), T.float32)
         value = T.alloc_local((LOADS, VECTOR), dtype)

@@ -10,7 +10,7 @@ from .few_heads import consume_few
 from .many_heads import consume_many
 from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
-from .scores import SEND, Exchange
+from .scores import ADD_PARTS, Exchange
 from .spec import Results, Shared, specialise
 
 QUERY_STRIDES = ("sqb", "sqi", "sqh", "spb", "spi", "sph")
@@ -67,6 +67,9 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
         kpe_shape, kpe_strides = (n_pages, page_size, shape.n_rope_heads * spec.d_pe), (skp, sks, 1)
     v_cols, scale_cols = spec.width if spec.v else spec.dv, spec.scale_heads or spec.dv
 
+    # two groups of a worker read the same latents, from L2 the second time: side by side, and at the same time
+    cluster = 2 if spec.groups == 2 and parts == 1 else parts
+
     @T.macro
     def launches(
         q_nope, q_pe, ckv, kpe, v, scale, seq_lens, starts, block_table, out, lse, workspace, softmax_scale,
@@ -75,7 +78,7 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
         state = T.Tensor((2 * workers, spec.n_queries, spec.width), dtype, workspace.data)
         sums = T.Tensor((workers * (spec.width + 2), spec.n_queries), f32, workspace.data)
         results = Results(out, lse, state, sums, workers * spec.width)
-        with T.Kernel(spec.groups * parts, workers, threads=threads, cluster_dims=(parts, 1, 1)) as (block, worker):
+        with T.Kernel(spec.groups * parts, workers, threads=threads, cluster_dims=(cluster, 1, 1)) as (block, worker):
             T.annotate_min_blocks_per_sm(tiling.ctas_per_sm)
             q_sh = T.alloc_shared((queries, spec.k), dtype)
             ckv_sh = T.alloc_shared((stages, block_n, spec.k), dtype)
@@ -100,10 +103,10 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
             rope0 = group * spec.block_h // spec.rep * spec.d_pe + part * spec.rope
             exchange = None
             if parts > 1:
-                T.import_source(SEND)
-                scores_sh = T.alloc_shared((2, parts, block_n, queries), f32)
+                T.import_source(ADD_PARTS)
+                scores_sh = T.alloc_shared((2, parts - 1, block_n * queries), f32)
                 arrived = T.alloc_cluster_barrier([1, 1])
-                exchange = Exchange(scores_sh, arrived, part, tx)
+                exchange = Exchange(scores_sh, arrived, part)
             row = T.alloc_var(i32)
             tile = T.alloc_var(i32)
             left = T.alloc_var(i32)
@@ -136,7 +139,7 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
 
         combine(
             n_heads, q_len, spec.width, dtype, seq_lens, starts, has_starts, batch, capacity, block_n, workers,
-            log_ways, log_parts, results,
+            log_ways, log_parts, results, cluster,
         )  # fmt: skip
 
     @T.prim_func

@@ -4,16 +4,44 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-# an element sent to the same place of a CTA's shared memory, whose barrier counts the bytes
-SEND = """
-template <typename Barrier>
-__device__ __forceinline__ void flexmla_send(float value, float *place, Barrier &barrier, int rank) {
-  unsigned there, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(place)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(counter) : "r"((unsigned)__cvta_generic_to_shared(&barrier)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-               :: "r"(there), "r"(__float_as_uint(value)), "r"(counter) : "memory");
+THREADS = 128  # that hold a tile of scores
+
+# A thread sends its registers of a tile of scores to the same thread of every other CTA of the cluster, four at once,
+# and adds up what it gets. st.async tells the receiver's barrier how many bytes came: TileLang has no such store.
+ADD_PARTS = """
+template <int PARTS, int REGISTERS, int THREADS, typename Barrier>
+__device__ __forceinline__ void flexmla_add_parts(float *scores, float *buffer, Barrier &barrier, int part, int phase) {
+  float4 *got = reinterpret_cast<float4 *>(buffer);
+  constexpr int QUADS = REGISTERS / 4;
+  const int thread = threadIdx.x;
+  const unsigned base = __cvta_generic_to_shared(got), counter = __cvta_generic_to_shared(&barrier);
+  if (thread == 0) barrier.arrive_and_expect_tx((PARTS - 1) * THREADS * REGISTERS * 4);
+#pragma unroll
+  for (int step = 1; step < PARTS; ++step) {
+    const int rank = (part + step) % PARTS;
+    // a part's place at its receiver: how many ranks it is behind
+    unsigned there, theirs;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(base), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(counter), "r"(rank));
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                   :: "r"(there + 16 * (((step - 1) * QUADS + i) * THREADS + thread)), "f"(scores[4 * i]),
+                      "f"(scores[4 * i + 1]), "f"(scores[4 * i + 2]), "f"(scores[4 * i + 3]), "r"(theirs) : "memory");
+  }
+  barrier.wait(phase);
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int rank = 0; rank < PARTS; ++rank) {  // in the same order in every CTA: the same bits
+      const int step = (part - rank + PARTS) % PARTS;
+      float4 other = make_float4(scores[4 * i], scores[4 * i + 1], scores[4 * i + 2], scores[4 * i + 3]);
+      if (step != 0) other = got[((step - 1) * QUADS + i) * THREADS + thread];
+      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    }
+    scores[4 * i] = sum.x, scores[4 * i + 1] = sum.y, scores[4 * i + 2] = sum.z, scores[4 * i + 3] = sum.w;
+  }
 }
 """
 
@@ -22,42 +50,32 @@ class Exchange(NamedTuple):
     """Where the parts of a cluster's scores meet.
 
     Attributes:
-        scores_sh: float32 `[2, parts, block_n, queries]`: of this tile and the next.
-        arrived: two barriers, to each of which one thread arrives, and the bytes of all parts.
+        scores_sh: float32 `[2, parts - 1, block_n * queries]`: of this tile and the next.
+        arrived: two barriers, to each of which one thread arrives, and the bytes of the other parts.
         part: which this CTA is.
-        thread: of the consumers.
     """
 
     scores_sh: Any
     arrived: Any
     part: Any
-    thread: Any
 
 
 @T.macro
 def add_parts(spec, exchange, s, step):
-    """Adds up the scores of all parts, in their order, so that every CTA of the cluster has the same bits.
+    """Adds up the scores of all parts; every CTA of the cluster has the same bits.
 
     A CTA sends scores of the next tile but one only after it has got those of the next one from all the others, who
     send them once they have read this tile's: two buffers are enough.
     """
-    scores_sh = exchange.scores_sh
-    arrived = exchange.arrived
     side = step % 2
-    if exchange.thread == 0:
-        T.mbarrier_arrive_expect_tx(arrived[side], 4 * spec.parts * spec.block_n * spec.queries)
-    for rank in T.unroll(spec.parts):
-        for i, h in T.Parallel(spec.block_n, spec.queries):
-            T.call_extern(
-                "handle", "flexmla_send", s[i, h], T.address_of(scores_sh[side, exchange.part, i, h]), arrived[side],
-                rank,
-            )  # fmt: skip
-    T.mbarrier_wait_parity(arrived[side], (step // 2) & 1)
+    registers = spec.block_n * spec.queries // THREADS
     for i, h in T.Parallel(spec.block_n, spec.queries):
-        s[i, h] = scores_sh[side, 0, i, h]
-    for r in T.unroll(1, spec.parts):
-        for i, h in T.Parallel(spec.block_n, spec.queries):
-            s[i, h] += scores_sh[side, r, i, h]
+        # a thread's first score, as wgmma shares them out: from there on lie all that it holds
+        if i % 16 < 8 and h < 8 and h % 2 == 0:
+            T.call_extern(
+                "handle", f"flexmla_add_parts<{spec.parts}, {registers}, {THREADS}>", T.address_of(s[i, h]),
+                T.address_of(exchange.scores_sh[side, 0, 0]), exchange.arrived[side], exchange.part, (step // 2) & 1,
+            )  # fmt: skip
 
 
 @T.macro
