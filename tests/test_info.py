@@ -97,6 +97,8 @@ def test_one_shape_is_shown_with_its_backend(tilelang):
     assert "32,32,512,16" in text
     assert "tilelang" in text
     assert "block_n" in text
+    assert "220 KiB" in text  # 2 tiles of 64 x (512 + 256), queries, probabilities, maxima and sums
+    assert "expected us" in text
     assert str((512 + 32 * 16) * 2) in text
 
 

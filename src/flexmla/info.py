@@ -15,10 +15,11 @@ from rich.table import Table
 
 import flexmla
 
+from .expected import expected
 from .models import ModelShape, model_shapes
 from .plan import DeviceRecord, device_record, plan_scored
 from .shape import MLAShape
-from .tiling import Tiling
+from .tiling import Tiling, shared_memory
 
 MISSING = "not installed"
 
@@ -131,9 +132,9 @@ def run(
     console.print(table)
     if len(reasons) == 1:
         console.print(*reasons, markup=False, highlight=False, soft_wrap=True)
-    tilings = [(model.name, tiling) for model, (_, _, tiling) in zip(models, backends, strict=True) if tiling]
+    tilings = [(model, tiling) for model, (_, _, tiling) in zip(models, backends, strict=True) if tiling]
     if tilings:
-        console.print(_tilings(tilings))
+        console.print(_tilings(tilings, batch, max_len, dtype, device_record(device)))
 
 
 def _facts(facts: dict[str, str]) -> Table:
@@ -143,10 +144,19 @@ def _facts(facts: dict[str, str]) -> Table:
     return table
 
 
-def _tilings(tilings: list[tuple[str, Tiling]]) -> Table:
-    table = Table(title="TileLang kernels", title_justify="left")
-    for column in ("model", *(field.name for field in fields(Tiling))):
+def _tilings(
+    tilings: list[tuple[ModelShape, Tiling]], batch: int, max_len: int, dtype: torch.dtype, device: DeviceRecord
+) -> Table:
+    table = Table(
+        title="TileLang kernels", title_justify="left", caption="expected: a rule of thumb, within a fifth or so"
+    )
+    columns = ("model", *(field.name for field in fields(Tiling)), "shared memory", "expected us", "of read")
+    for column in columns:
         table.add_column(column, overflow="fold")
-    for name, tiling in tilings:
-        table.add_row(name, *map(str, astuple(tiling)))
+    for model, tiling in tilings:
+        sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, 1, tiling.parts)
+        memory = shared_memory(model.shape, *sizes, model.scoring)
+        us, fraction = expected(model.shape, tiling, batch, max_len, dtype, device)
+        figures = (f"{memory / 1024:.0f} KiB", f"{us:.1f}", f"{fraction:.2f}")
+        table.add_row(model.name, *map(str, astuple(tiling)), *figures)
     return table

@@ -20,7 +20,7 @@ BLOCK_N = 64
 PANEL = 64  # columns of a latent tile that one swizzle covers; the MMA takes whole panels
 MAX_PART = 512  # latent columns of a CTA: its accumulator and two tiles in flight fit
 MAX_PARTS = 8  # CTAs of a cluster
-# Share of the SMs that clusters of 1 to 8 CTAs reach, as they lie inside a GPC: by cudaOccupancyMaxActiveClusters on an H100.
+# Share of the SMs that clusters of 1 to 8 CTAs reach, as each lies inside a GPC (cudaOccupancyMaxActiveClusters, H100).
 CLUSTERED = (1.0, 1.0, 0.89, 0.91, 0.835, 0.775, 0.8, 0.91)
 MAX_STAGES = 4
 GOOD_STAGES = 3
@@ -229,5 +229,5 @@ def tile(
     if best is None or once or best.parts > 1 or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
         return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
-    good = (t for t in tilings() if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES and t.parts == 1)
-    return next(good, best)
+    alone = itertools.takewhile(lambda t: t.parts == 1, tilings())
+    return next((t for t in alone if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES), best)
