@@ -18,6 +18,8 @@ from .case import Case
 from .inputs import READ_CHUNK, Inputs, LatentInputs, MHAInputs, ReadInputs
 from .report import FLOOR
 
+TORCH_BACKEND = "flexmla-torch"
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -74,7 +76,7 @@ def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> 
             backend=backend,
         )
 
-    name = ("flexmla" if backend == "tilelang" else "flexmla-torch") + ("-into" if given else "")
+    name = ("flexmla" if backend == "tilelang" else TORCH_BACKEND) + ("-into" if given else "")
     return Contender(name, LatentInputs, decode)
 
 
@@ -92,6 +94,20 @@ def torch_eager(inputs: LatentInputs) -> tuple[Tensor, None]:
     if inputs.case.softcap:
         scores = inputs.case.softcap * torch.tanh(scores / inputs.case.softcap)
     return (scores.softmax(-1) @ inputs.ckv)[:, None], None
+
+
+def torch_backend(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
+    """`flexmla.mla_decode` without kernels of its own."""
+    return flexmla.mla_decode(
+        inputs.q_nope,
+        inputs.q_pe,
+        inputs.ckv,
+        inputs.kpe,
+        seq_lens=inputs.seq_lens,
+        softcap=inputs.case.softcap,
+        score_scale=inputs.score_scale,
+        backend="torch",
+    )
 
 
 def sdpa_mha(inputs: MHAInputs) -> tuple[Tensor, None]:
@@ -113,6 +129,7 @@ def read(inputs: ReadInputs) -> tuple[Tensor, None]:
 PEERS = (
     Contender(FLOOR, ReadInputs, read),
     Contender("torch-eager", LatentInputs, torch_eager),
+    Contender(TORCH_BACKEND, LatentInputs, torch_backend),
     Contender("sdpa-mha", MHAInputs, sdpa_mha),
 )
 

@@ -62,7 +62,7 @@ def _models() -> list[Case]:
     return [
         replace(case, label=", ".join(names), score_scale=score_scale, softcap=softcap)
         for (shape, score_scale, softcap), names in layers.items()
-        for case in _cases("models", [shape], [(64, 8192), (8, 2048)])
+        for case in _cases("models", [shape], [(64, 8192), (8, 2048), (1, 128)])
     ]
 
 
