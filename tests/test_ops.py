@@ -62,20 +62,23 @@ class Backend:
 def test_a_launcher_allocates_what_is_not_given_and_refuses_overlap(monkeypatch):
     monkeypatch.setattr(ops, "_choose", lambda *operands: ("tilelang", ()))
     monkeypatch.setattr(ops, "_tilelang", Backend)
-    q, ckv = torch.zeros(2, 3, 4, 64), torch.zeros(2, 10, 64)
-    inputs = (q, None, ckv, None, torch.ones(2, dtype=torch.int32), None, None)
-    operands = (*inputs, None, None, 0.1, 0.0, True, "tilelang", ())
+    q, ckv = torch.zeros(2, 3, 4, 64), torch.zeros(2, 20, 64)
+    v, scale = torch.zeros(2, 20, 32), torch.ones(2, 20, 4)
+    inputs = (q, None, ckv, None, torch.ones(2, dtype=torch.int32), None, None, v, scale)
+    operands = (*inputs, 0.1, 0.0, True, "tilelang", ())
     out, lse = ops.launcher(operands, None, None)(*inputs, None, None)
-    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 3), torch.float32)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 3, 4, 32), q.dtype, (2, 4, 3), torch.float32)
     assert bool((out == 1).all() and (lse == 2).all())
     run = ops.launcher(operands, out, lse)
     assert run(*inputs, out, lse) == (out, lse)
     assert run(*inputs, out, None)[0] is out
     memory = torch.zeros(4 * q.numel())
     for given, named in (
-        ((q, lse), "out must not overlap .* q_nope"),
-        ((memory[: q.numel()].view_as(q), memory[q.numel() - 1 :][: lse.numel()].view_as(lse)), "lse .* memory of out"),
+        ((q.view(-1)[: out.numel()].view(out.shape), lse), "out must not overlap .* q_nope"),
+        ((memory[: out.numel()].view_as(out), memory[out.numel() - 1 :][: lse.numel()].view_as(lse)), "lse .* of out"),
         ((out, ckv.flatten()[-lse.numel() :].view_as(lse)), "lse must not overlap .* ckv_cache"),
+        ((v.flatten()[: out.numel()].view_as(out), lse), "out must not overlap .* v_cache"),
+        ((out, scale.flatten()[: lse.numel()].view_as(lse)), "lse must not overlap .* score_scale"),
     ):
         with pytest.raises(ValueError, match=named):
             run(*inputs, *given)
@@ -86,8 +89,8 @@ def test_a_launcher_takes_views_that_interleave(monkeypatch):
     monkeypatch.setattr(ops, "_tilelang", Backend)
     memory = torch.zeros(1, 100, 128)
     q, cache, out = torch.zeros(1, 1, 1, 64), memory[..., :64], memory[:, 50, 64:].view(1, 1, 1, 64)
-    inputs = (q, None, cache, None, torch.ones(1, dtype=torch.int32), None, None)
-    run = ops.launcher((*inputs, None, None, 0.1, 0.0, True, "tilelang", ()), out, None)
+    inputs = (q, None, cache, None, torch.ones(1, dtype=torch.int32), None, None, None, None)
+    run = ops.launcher((*inputs, 0.1, 0.0, True, "tilelang", ()), out, None)
     assert run(*inputs, out, None)[0] is out
     assert bool((cache == 0).all())
 

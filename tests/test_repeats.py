@@ -77,6 +77,10 @@ def test_whatever_differs_is_looked_at(calls):
         {"out": torch.zeros(2, 1, 4, 64, dtype=torch.float16)},
         {"lse": torch.zeros(2, 4, 1)},
         {"softcap": 5.0},
+        {"v_cache": torch.zeros(2, 32, 64, dtype=torch.float16)},
+        {"v_cache": torch.zeros(2, 32, 48, dtype=torch.float16)},
+        {"score_scale": torch.ones(2, 32, 2)},
+        {"score_scale": torch.ones(2, 32, 2, dtype=torch.float16)},
     ]
     for change in changes:
         mla_decode(**{**base, **change})

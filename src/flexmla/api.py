@@ -67,7 +67,8 @@ def mla_decode(
         out: `[batch, q_len, n_heads, W or dv]`, q_nope's dtype, to be written; apart from every input.
         lse: float32 `[batch, n_heads, q_len]`, to be written; apart from every input.
         plan: what `flexmla.plan` returned; exact in shape, page_size, dtype, device (under torch.compile not compared)
-            and q_len, upper bounds in batch and max_len.
+            and q_len, upper bounds in batch and max_len. It knows no softcap and no score_scale: with these, a tile is
+            chosen by the call's own sizes.
         backend: "auto", "tilelang" or "torch". "auto" takes TileLang on compute capability 9.0 where it is installed
             and takes the combination, else torch.
 

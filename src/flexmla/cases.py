@@ -171,7 +171,7 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
     if rng.random() < 0.25:
         options["causal"] = False
     if scoring.softcap:
-        options["softcap"] = rng.choice((5.0, 20.0, 50.0))
+        options["softcap"] = rng.choice((5.0, 20.0, 50.0, 1e5))
     if rng.random() < 0.4:
         options["softmax_scale"] = rng.choice((16, 64, 80, 128, 192)) ** -0.5 * rng.choice((1, 1, 1, 1, -1, 0))
 
@@ -197,6 +197,7 @@ def random_case(seed: int, space: CaseSpace | None = None, device: torch.device 
         options["v_cache"] = lay_cache(cache(shape.v_width))
     if scoring.scale_heads:
         factors = 0.5 + torch.rand(slots, slot_len, scoring.scale_heads, generator=noise)
+        factors.copysign_(torch.rand(factors.shape, generator=noise) - 0.1)  # a tenth of them negative
         options["score_scale"] = lay(factors.masked_fill(~visible[..., None], poison).to(scoring.scale_dtype))
     for name in ("seq_lens", "starts", "block_table"):
         if name in options:

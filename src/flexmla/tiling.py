@@ -12,7 +12,8 @@ from .shape import PLAIN, MLAShape, Scoring
 SMEM_PER_CTA = 232448  # bytes, compute capability 9.0
 SMEM_PER_SM = 233472
 SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
-BARRIER_BYTES = 1024  # a few, but what comes before tiles is as long as their alignment
+ALIGNMENT = 1024  # of tiles
+BARRIER_BYTES = ALIGNMENT  # a few, but what comes before tiles is as long as their alignment
 SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
@@ -120,7 +121,8 @@ def shared_memory(
     if shape.v_width is not None:  # the output no longer passes through the query tile
         total += 2 * (stages * block_n + queries) * part_width(shape.v_width, parts)
     if scoring.scale_heads:
-        total += 4 * stages * block_n * keys_per_group(shape.n_heads, scoring.scale_heads, block_h)
+        scales = 4 * stages * block_n * keys_per_group(shape.n_heads, scoring.scale_heads, block_h)
+        total += -(-scales // ALIGNMENT) * ALIGNMENT
     if family == "few_heads":
         total += 2 * block_n * queries + 2 * 4 * 4 * queries  # probabilities; maxima and sums, a row a warp
     if parts > 1:

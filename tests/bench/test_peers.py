@@ -96,4 +96,4 @@ def test_peers_stand_beside_one_query_token_and_full_contiguous_rows_only():
 
 
 def test_names_are_what_rows_are_told_apart_by():
-    assert [peer.name for peer in peers.PEERS] == ["read", "torch-eager", "sdpa-mha"]
+    assert [peer.name for peer in peers.PEERS] == ["read", "torch-eager", "flexmla-torch", "sdpa-mha"]

@@ -15,7 +15,7 @@ from flexmla.bench.case import Case
 from flexmla.bench.ceilings import Ceilings
 from flexmla.bench.cold import measure_cold
 from flexmla.bench.inputs import LatentInputs, MHAInputs
-from flexmla.bench.peers import PEERS, Contender, flexmla_contender
+from flexmla.bench.peers import PEERS, TORCH_BACKEND, Contender, flexmla_contender
 from flexmla.bench.report import FLOOR, KEYS
 from flexmla.bench.run import Rig, checkout_commit, measure_case, measure_suite
 from flexmla.bench.timing import GraphTimer
@@ -41,7 +41,8 @@ class FixedTimer:
         self.released += 1
 
 
-PYTORCH = tuple(peer for peer in PEERS if peer.name != FLOOR)  # the floor needs Triton
+# the floor needs Triton; the torch backend stands in for the kernels on a CPU
+PYTORCH = tuple(peer for peer in PEERS if peer.name not in (FLOOR, TORCH_BACKEND))
 
 
 def rig(l2_bytes: int = 0, free_bytes: int = 10**9) -> Rig:

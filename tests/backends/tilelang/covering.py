@@ -1,4 +1,4 @@
-"""Shapes that cover every value the TileLang backend takes: head counts, widths, kinds of rotary keys."""
+"""Shapes of whole panels that cover head counts, widths and kinds of rotary keys; the fuzz has all the others."""
 
 from __future__ import annotations
 

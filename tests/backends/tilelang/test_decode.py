@@ -12,6 +12,7 @@ from flexmla import MLAShape, reference
 from flexmla.cases import Specialisation, random_case
 from flexmla.check import TILELANG, bounds, row_errors
 from flexmla.plan import tilelang_installed
+from flexmla.shape import Scoring
 
 from .compiling import compile_all
 from .covering import covering_shapes
@@ -105,13 +106,17 @@ def test_random_cases_lie_in_memory_as_their_loaders_want_it() -> None:
     from flexmla.cases import LOADERS
 
     drawn = [random_case(seed, TILELANG, "cuda") for seed in range(60)]
-    assert {_loader(case.ckv_cache, case.kpe_cache, case.paged) for case in drawn} == set(LOADERS)
+    found = set()
     for case in drawn:
         kpe, shape = case.kpe_cache, case.q_nope.shape
         groups, d_pe = (1, 0) if kpe is None else kpe.shape[2:]
-        loader = _loader(case.ckv_cache, kpe, case.paged)
-        made = Specialisation(MLAShape(shape[2], groups, shape[3], d_pe), case.q_nope.dtype, shape[1], loader)
-        assert made in TILELANG.specialisations
+        v, scale = case.options.get("v_cache"), case.options.get("score_scale")
+        found.add(loader := _loader(case.ckv_cache, kpe, v, case.paged))
+        layer = MLAShape(shape[2], groups, shape[3], d_pe, None if v is None else v.shape[2])
+        scales = (0, None) if scale is None else (scale.shape[2], scale.dtype)
+        scoring = Scoring("softcap" in case.options, *scales)
+        assert Specialisation(layer, case.q_nope.dtype, shape[1], loader, scoring) in TILELANG.specialisations
+    assert found == set(LOADERS)
 
 
 def test_lengths_out_of_range_are_clamped() -> None:

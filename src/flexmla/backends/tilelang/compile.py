@@ -83,7 +83,7 @@ def kernel(
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernel of {shape} in {dtype} is not compiled and cannot be during CUDA graph capture: "
-            "call mla_decode once with this shape and dtype before capturing"
+            "call mla_decode once with this shape and dtype before capturing, and with such a cache, q_len and options"
         )
     with _lock:
         if key not in _kernels:

@@ -109,10 +109,11 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
 
 @T.macro
 def fetch_scales(spec, caches, scale_sh, stage, token, page, slot, position, begin, length):
-    """A lane loads one token's multipliers for the CTA's heads; of a token that is not visible nothing is read."""
+    """A lane loads one token's multipliers for the CTA's heads; where no visible token lies nothing is read."""
     for key in T.serial(spec.scales):
         scale_sh[stage, token, key] = 0
-        if position >= begin and position < length and page >= 0 and caches.scale0 + key < spec.scale_heads:
+        visible = position >= begin and position < length and page >= 0 and page < caches.scale.shape[0]
+        if visible and caches.scale0 + key < spec.scale_heads:
             scale_sh[stage, token, key] = T.cast(caches.scale[page, slot, caches.scale0 + key], T.float32)
 
 
