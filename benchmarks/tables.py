@@ -17,6 +17,7 @@ from flexmla.tiling import tile
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "h100.jsonl"
+NOT_MEASURED = "not measured"
 H100 = DeviceRecord(HOPPER, 132, "NVIDIA H100")
 
 
@@ -71,16 +72,23 @@ def models_table(found: list[Row]) -> str:
         name = "flexmla-torch" if lacks else "flexmla"
         long, short = (find(found, "models", name, shape, *size) for size in ((64, 8192), (8, 2048)))
         size = f"{shape.n_heads} / {shape.n_rope_heads} | {shape.dv} + {shape.d_pe}"
-        lines.append(f"| {case.label} | {size} | {by} | {_fraction(long)} | {_us(short).removesuffix(' us')} |")
+        cells = (_fraction(long), _us(short).removesuffix(" us"))
+        lines.append(f"| {case.label} | {size} | {by} | {' | '.join(cell or NOT_MEASURED for cell in cells)} |")
     return "\n".join(lines)
 
 
 def source(found: list[Row], suite: str) -> str:
-    """Where the figures of a suite come from, in a sentence."""
-    last = [row for row in found if row["suite"] == suite][-1]
+    """Where the latest figures of a suite come from, in a sentence."""
+    latest = {
+        tuple(row[key] for key in ("n_heads", "n_rope_heads", "dv", "d_pe", "batch", "max_len")): row
+        for row in found
+        if row["suite"] == suite and row["name"] == "flexmla"
+    }
+    last = list(latest.values())[-1]
+    commits = dict.fromkeys(row["commit"][:12] for row in reversed(latest.values()))
     return (
         f"Measured on {last['date'][:10]} on an {last['gpu']} that reads {last['read_gb_s']:.0f} GB/s, fp16, "
-        f"commit {last['commit'][:12]}."
+        f"{'commit' if len(commits) == 1 else 'commits'} {' and '.join(commits)}."
     )
 
 
@@ -115,5 +123,9 @@ if __name__ == "__main__":
     measured = rows()
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), measured), encoding="utf-8")
-    drawn = [row for row in measured if row["suite"] in ("llama2", "per-head") and row["name"] != "sdpa-mha"]
+    drawn = [
+        row
+        for row in measured
+        if row["suite"] in ("llama2", "per-head") and row["name"] not in ("sdpa-mha", "flexmla-torch")
+    ]
     plot(drawn, ROOT / "docs" / "read.png")

@@ -18,6 +18,7 @@ GB = 10**9
         (17_800_000, 17_800_000, 100_000_000, 2),
         (17_800_000, 10 * GB, 80 * GB, 4),  # the cache has room for more than is visible
         (30 * GB, 30 * GB, 40 * GB, 1),
+        (15_000, 15_000, 80 * GB, 256),  # not the ten thousand that would exceed L2
     ],
 )
 def test_rotated_sets(moved_bytes, held_bytes, free_bytes, sets):

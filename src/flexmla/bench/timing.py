@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 ROTATION = 3  # a set of inputs comes round again only after this many times the L2 cache has been touched
+MOST_SETS = 256  # of the smallest steps, ten thousand would fit: building and capturing them takes minutes
 REPLAYS = 20
 WARMUP_REPLAYS = 3
 HOST_CALLS = 1000
@@ -165,7 +166,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def rotated_sets(moved_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: int) -> int:
-    """Number of input sets that rotate: enough to exceed 3x L2, but at most half of the free memory, at least one.
+    """Number of input sets that rotate: enough to exceed 3x L2, but at most MOST_SETS and half of the free memory.
 
     Args:
         moved_bytes: bytes that one call reads and writes.
@@ -174,4 +175,4 @@ def rotated_sets(moved_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: i
         free_bytes: free device memory.
     """
     wanted = math.ceil(ROTATION * l2_bytes / moved_bytes)
-    return max(1, min(wanted, int(free_bytes // (2 * held_bytes))))
+    return max(1, min(wanted, MOST_SETS, int(free_bytes // (2 * held_bytes))))

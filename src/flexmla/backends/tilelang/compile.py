@@ -95,7 +95,7 @@ def kernel(
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Says what takes so long, where it takes long: a kernel of the disk cache is there at once."""
-    message = f"compiling a kernel for {what}: some 15 seconds, once; it is kept in {tilelang.env.TILELANG_CACHE_DIR}"
+    message = f"compiling a kernel for {what}: 15 to 30 seconds, once; it is kept in {tilelang.env.TILELANG_CACHE_DIR}"
     timer = threading.Timer(TELL_AFTER, _log.warning, [message])
     timer.daemon = True
     timer.start()
