@@ -15,7 +15,6 @@ HOPPER = (9, 0)
 HALVES_UP_TO = 4000  # GB/s of memory: with more, reading the latent again from L2 costs more than a third tile gives
 MAX_DV = 2048
 MAX_D_PE = 256
-MAX_HEADS = 128
 MAX_BATCH = 65535  # the second dimension of a grid
 MAX_Q_LEN = 16
 MAX_PAGE_SIZE = 256
@@ -115,8 +114,6 @@ def tilelang_lacks(
         return f"it takes a page_size that is a power of two up to {MAX_PAGE_SIZE}, not {page_size}"
     if batch > MAX_BATCH:
         return f"it takes a batch up to {MAX_BATCH}, not {batch}"
-    if shape.n_heads > MAX_HEADS:
-        return f"it takes n_heads up to {MAX_HEADS}, not {shape.n_heads}"
     for name, width in (("dv", shape.dv), ("v_cache width", shape.v_width or 8)):
         if width % 8 or width > MAX_DV:
             return f"it takes a {name} that is a multiple of 8 up to {MAX_DV}, not {width}"
