@@ -148,7 +148,7 @@ def _tilings(
     tilings: list[tuple[ModelShape, Tiling]], batch: int, max_len: int, dtype: torch.dtype, device: DeviceRecord
 ) -> Table:
     table = Table(
-        title="TileLang kernels", title_justify="left", caption="expected: a rule of thumb, within a fifth or so"
+        title="TileLang kernels", title_justify="left", caption="expected: a rule of thumb, mostly within a fifth"
     )
     columns = ("model", *(field.name for field in fields(Tiling)), "shared memory", "expected us", "of read")
     for column in columns:
