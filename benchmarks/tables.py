@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flexmla.bench.peers import TORCH_BACKEND
 from flexmla.bench.report import FLOOR, Row, plot
 from flexmla.bench.suites import PER_HEAD, SHARED, SUITES
 from flexmla.plan import HOPPER, DeviceRecord, tilelang_lacks
@@ -69,7 +70,7 @@ def models_table(found: list[Row]) -> str:
             by = f"`{tiling.family}`, {groups} x {tiling.block_h} heads, {tiling.stages} stages"
             if tiling.parts > 1:
                 by += f", clusters of {tiling.parts}"
-        name = "flexmla-torch" if lacks else "flexmla"
+        name = TORCH_BACKEND if lacks else "flexmla"
         long, short = (find(found, "models", name, shape, *size) for size in ((64, 8192), (8, 2048)))
         size = f"{shape.n_heads} / {shape.n_rope_heads} | {shape.dv} + {shape.d_pe}"
         cells = (_fraction(long), _us(short).removesuffix(" us"))
@@ -126,6 +127,6 @@ if __name__ == "__main__":
     drawn = [
         row
         for row in measured
-        if row["suite"] in ("llama2", "per-head") and row["name"] not in ("sdpa-mha", "flexmla-torch")
+        if row["suite"] in ("llama2", "per-head") and row["name"] not in ("sdpa-mha", TORCH_BACKEND)
     ]
     plot(drawn, ROOT / "docs" / "read.png")

@@ -21,9 +21,9 @@ from flexmla.tiling import (
     padded_queries,
     part_width,
     rope_tile_width,
-    shared_memory,
     threads_per_cta,
     tile,
+    used_memory,
 )
 
 PLAN_MODULE = importlib.import_module("flexmla.plan")  # the package's attribute of this name is the function
@@ -45,11 +45,6 @@ def shapes() -> list[MLAShape]:
     ]
 
 
-def used_by(shape: MLAShape, tiling: Tiling, q_len: int = 1, scoring: Scoring = PLAIN) -> int:
-    sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len, tiling.parts)
-    return shared_memory(shape, *sizes, scoring)
-
-
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PLAN_MODULE, "tilelang_installed", lambda: True)
@@ -60,7 +55,7 @@ def test_every_shape_of_the_backend_has_a_tile_that_fits() -> None:
         assert tilelang_lacks(shape, torch.float16, H100) is None
         tiling = tile(shape, 64, 8192, H100.sm_count)
         assert tiling is not None, shape
-        used = used_by(shape, tiling)
+        used = used_memory(shape, tiling)
         assert used <= SMEM_PER_CTA
         assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
         assert tiling.ctas_per_sm * threads_per_cta(tiling.family) <= 2048
@@ -78,7 +73,7 @@ def test_every_option_of_every_shape_has_a_tile_that_fits(v_width: int | None, q
             assert tilelang_lacks(shape, torch.bfloat16, H100, q_len=q_len, scoring=scoring) is None, shape
             tiling = tile(shape, 64, 8192, H100.sm_count, q_len, scoring=scoring)
             assert tiling is not None, shape
-            assert tiling.ctas_per_sm * (used_by(shape, tiling, q_len, scoring) + SMEM_RESERVED) <= SMEM_PER_SM
+            assert tiling.ctas_per_sm * (used_memory(shape, tiling, q_len, scoring) + SMEM_RESERVED) <= SMEM_PER_SM
             assert tiling.family == "few_heads" or (scoring == PLAIN and v_width is None)
 
 
@@ -89,7 +84,7 @@ def test_queries_of_a_cta_are_whole_heads_that_fit_its_tile(q_len: int) -> None:
         tiling = tile(shape, 64, 8192, H100.sm_count, q_len)
         assert tiling is not None, shape
         assert tiling.block_h * q_len <= padded_queries(tiling.family, tiling.block_h * q_len)
-        assert tiling.ctas_per_sm * (used_by(shape, tiling, q_len) + SMEM_RESERVED) <= SMEM_PER_SM
+        assert tiling.ctas_per_sm * (used_memory(shape, tiling, q_len) + SMEM_RESERVED) <= SMEM_PER_SM
         groups = -(-shape.n_heads // tiling.block_h)
         assert (groups - 1) * tiling.block_h < shape.n_heads
         assert tiling.workers * groups * tiling.parts <= max(H100.sm_count * tiling.ctas_per_sm, groups * tiling.parts)

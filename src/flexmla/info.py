@@ -15,11 +15,12 @@ from rich.table import Table
 
 import flexmla
 
-from .expected import expected
+from .bench.case import Case
+from .bench.expected import expected
 from .models import ModelShape, model_shapes
 from .plan import DeviceRecord, device_record, plan_scored
 from .shape import MLAShape
-from .tiling import Tiling, shared_memory
+from .tiling import Tiling, used_memory
 
 MISSING = "not installed"
 
@@ -154,9 +155,9 @@ def _tilings(
     for column in columns:
         table.add_column(column, overflow="fold")
     for model, tiling in tilings:
-        sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, 1, tiling.parts)
-        memory = shared_memory(model.shape, *sizes, model.scoring)
-        us, fraction = expected(model.shape, tiling, batch, max_len, dtype, device)
+        memory = used_memory(model.shape, tiling, scoring=model.scoring)
+        case = Case("info", model.shape, batch, max_len, dtype, score_scale=model.score_scale, softcap=model.softcap)
+        us, fraction = expected(case, tiling, device)
         figures = (f"{memory / 1024:.0f} KiB", f"{us:.1f}", f"{fraction:.2f}")
         table.add_row(model.name, *map(str, astuple(tiling)), *figures)
     return table

@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 
-import torch
-
 from .shape import MLAShape, Scoring
 
 
@@ -29,9 +27,8 @@ class ModelShape:
 
     @property
     def scoring(self) -> Scoring:
-        """What is done to its scores, with multipliers in float32."""
-        scale = (self.shape.n_rope_heads, torch.float32) if self.score_scale else (0, None)
-        return Scoring(self.softcap > 0, *scale)
+        """What is done to its scores."""
+        return Scoring.of_layer(self.shape, self.softcap, self.score_scale)
 
 
 def model_shapes() -> tuple[ModelShape, ...]:

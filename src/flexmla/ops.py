@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends.choice import Call, choose
 from .backends.torch import decode as decode_torch
-from .shape import PLAIN, Scoring
+from .shape import Scoring
 from .tiling import BLOCK_N
 
 _ARGUMENTS = (
@@ -70,15 +70,8 @@ def _choose(
     max_len = -(-max_len // BLOCK_N) * BLOCK_N  # whole tiles, so that a cache that grows by a token is rarely new
     n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
     v_width = None if v_cache is None else v_cache.shape[2]
-    scoring = PLAIN if score_scale is None and not softcap else _scoring(softcap, score_scale)
     sizes = (n_heads, n_rope_heads, dv, d_pe, v_width, batch, max_len, q_len, page_size or None)
-    return choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, scoring))
-
-
-def _scoring(softcap: float, score_scale: Tensor | None) -> Scoring:
-    if score_scale is None:
-        return Scoring(softcap > 0)
-    return Scoring(softcap > 0, score_scale.shape[2], score_scale.dtype)
+    return choose(backend, tiling, Call(q_nope.device, q_nope.dtype, *sizes, Scoring.of_call(softcap, score_scale)))
 
 
 @functools.cache

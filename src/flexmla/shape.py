@@ -68,5 +68,17 @@ class Scoring(NamedTuple):
     scale_heads: int = 0
     scale_dtype: torch.dtype | None = None
 
+    @classmethod
+    def of_call(cls, softcap: float, score_scale: torch.Tensor | None) -> Scoring:
+        """What a call's arguments ask for."""
+        if score_scale is None:
+            return cls(softcap > 0)
+        return cls(softcap > 0, score_scale.shape[2], score_scale.dtype)
+
+    @classmethod
+    def of_layer(cls, shape: MLAShape, softcap: float, score_scale: bool) -> Scoring:
+        """What a layer needs, with multipliers a rope head in float32."""
+        return cls(softcap > 0, shape.n_rope_heads, torch.float32) if score_scale else cls(softcap > 0)
+
 
 PLAIN = Scoring()

@@ -130,6 +130,12 @@ def shared_memory(
     return total
 
 
+def used_memory(shape: MLAShape, tiling: Tiling, q_len: int = 1, scoring: Scoring = PLAIN) -> int:
+    """Bytes of shared memory a CTA of a tiling needs."""
+    sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len, tiling.parts)
+    return shared_memory(shape, *sizes, scoring)
+
+
 def _registers(shape: MLAShape, family: str, block_q: int, block_n: int, parts: int) -> int:
     """A consumer thread's registers for accumulator, scores and elementwise sums."""
     queries, width = padded_queries(family, block_q), part_width(shape.out_width, parts)

@@ -78,8 +78,7 @@ class Case:
     @property
     def scoring(self) -> Scoring:
         """What is done to scores."""
-        scale = (self.shape.n_rope_heads, torch.float32) if self.score_scale else (0, None)
-        return Scoring(self.softcap > 0, *scale)
+        return Scoring.of_layer(self.shape, self.softcap, self.score_scale)
 
     @property
     def row_lens(self) -> tuple[int, ...]:

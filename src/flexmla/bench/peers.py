@@ -52,8 +52,6 @@ def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> 
         device=device,
         scoring=case.scoring,
     )
-    backend = plan.backend
-
     out = lse = None
     if given:
         shape, rows = case.shape, case.batch
@@ -61,23 +59,25 @@ def flexmla_contender(case: Case, device: torch.device, given: bool = False) -> 
         lse = torch.empty(rows, shape.n_heads, case.q_len, device=device)
 
     def decode(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
-        return flexmla.mla_decode(
-            inputs.q_nope,
-            inputs.q_pe,
-            inputs.ckv,
-            inputs.kpe,
-            seq_lens=inputs.seq_lens,
-            block_table=inputs.block_table,
-            softcap=case.softcap,
-            score_scale=inputs.score_scale,
-            out=out,
-            lse=lse,
-            plan=plan if plan.backend == backend else None,
-            backend=backend,
-        )
+        return _decode(inputs, out=out, lse=lse, plan=plan, backend=plan.backend)
 
-    name = ("flexmla" if backend == "tilelang" else TORCH_BACKEND) + ("-into" if given else "")
+    name = ("flexmla" if plan.backend == "tilelang" else TORCH_BACKEND) + ("-into" if given else "")
     return Contender(name, LatentInputs, decode)
+
+
+def _decode(inputs: LatentInputs, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`flexmla.mla_decode` of the inputs; `arguments` are added."""
+    return flexmla.mla_decode(
+        inputs.q_nope,
+        inputs.q_pe,
+        inputs.ckv,
+        inputs.kpe,
+        seq_lens=inputs.seq_lens,
+        block_table=inputs.block_table,
+        softcap=inputs.case.softcap,
+        score_scale=inputs.score_scale,
+        **arguments,
+    )
 
 
 def torch_eager(inputs: LatentInputs) -> tuple[Tensor, None]:
@@ -98,16 +98,7 @@ def torch_eager(inputs: LatentInputs) -> tuple[Tensor, None]:
 
 def torch_backend(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
     """`flexmla.mla_decode` without kernels of its own."""
-    return flexmla.mla_decode(
-        inputs.q_nope,
-        inputs.q_pe,
-        inputs.ckv,
-        inputs.kpe,
-        seq_lens=inputs.seq_lens,
-        softcap=inputs.case.softcap,
-        score_scale=inputs.score_scale,
-        backend="torch",
-    )
+    return _decode(inputs, backend="torch")
 
 
 def sdpa_mha(inputs: MHAInputs) -> tuple[Tensor, None]:

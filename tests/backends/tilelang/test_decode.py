@@ -11,20 +11,13 @@ import flexmla
 from flexmla import MLAShape, reference
 from flexmla.cases import Specialisation, random_case
 from flexmla.check import TILELANG, bounds, row_errors
-from flexmla.plan import tilelang_installed
 from flexmla.shape import Scoring
 
 from .compiling import compile_all
 from .covering import covering_shapes
+from .hopper import ON_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not tilelang_installed(), reason="needs TileLang: pip install 'flexmla[tilelang]'"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        reason="needs compute capability 9.0",
-    ),
-]
+pytestmark = ON_HOPPER
 
 DTYPES = (torch.float16, torch.bfloat16)
 SHAPES = covering_shapes()

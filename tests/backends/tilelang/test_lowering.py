@@ -12,7 +12,7 @@ import torch
 
 from flexmla import MLAShape
 from flexmla.shape import PLAIN, Scoring
-from flexmla.tiling import BARRIER_BYTES, SMEM_PER_CTA, Tiling, loader_warps, shared_memory, threads_per_cta, tile
+from flexmla.tiling import BARRIER_BYTES, SMEM_PER_CTA, Tiling, loader_warps, threads_per_cta, tile, used_memory
 
 pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
 
@@ -85,8 +85,7 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     main = attributes["decode_kernel" if plain else "decode_scored_kernel"]
     loaders = loader_warps(tiling.family, tiling.ctas_per_sm, gathered)
     assert int(main["thread_extent"]["threadIdx.x"]) == threads_per_cta(tiling.family, loaders)
-    sizes = (tiling.family, tiling.block_h, tiling.block_n, tiling.stages, q_len, tiling.parts)
-    estimate = shared_memory(shape, *sizes, scoring)
+    estimate = used_memory(shape, tiling, q_len, scoring)
     assert int(main["dyn_shared_memory_buf"]) + BARRIER_BYTES <= estimate <= SMEM_PER_CTA
 
     missing = missing_compilers()

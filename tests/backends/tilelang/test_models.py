@@ -8,18 +8,11 @@ import torch
 from flexmla.cases import CaseSpace, Specialisation, random_case
 from flexmla.check import bounds, row_errors
 from flexmla.models import ModelShape, model_shapes
-from flexmla.plan import tilelang_installed
 
 from .compiling import compile_all
+from .hopper import ON_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not tilelang_installed(), reason="needs TileLang: pip install 'flexmla[tilelang]'"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        reason="needs compute capability 9.0",
-    ),
-]
+pytestmark = ON_HOPPER
 
 LAYERS = tuple({(m.shape, m.scoring): m for m in model_shapes()}.values())  # models whose layers are the same share one
 DTYPES = (torch.float16, torch.bfloat16)

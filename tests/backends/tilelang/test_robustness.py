@@ -17,16 +17,10 @@ import flexmla
 from flexmla import MLAShape, ops, reference
 from flexmla.cases import GARBAGE_PAGES
 from flexmla.check import bounds, row_errors
-from flexmla.plan import tilelang_installed
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not tilelang_installed(), reason="needs TileLang: pip install 'flexmla[tilelang]'"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        reason="needs compute capability 9.0",
-    ),
-]
+from .hopper import ON_HOPPER
+
+pytestmark = ON_HOPPER
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]

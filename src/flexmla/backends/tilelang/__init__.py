@@ -116,9 +116,7 @@ def decode(
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    launch = _launch(
-        q_nope, q_pe, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling
-    )
+    launch = _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling)
     if seq_lens is None:
         seq_lens = torch.full(q_nope.shape[:1], capacity, dtype=torch.int32, device=q_nope.device)
     if block_table is not None and block_table.stride(1) != 1:
@@ -170,9 +168,7 @@ def launcher(
         return None
     if not all(x is None or _is_dense(x) for x in (out, lse)):
         return None
-    return _launch(
-        q_nope, q_pe, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling
-    )
+    return _launch(q_nope, ckv_cache, kpe_cache, block_table, starts, v_cache, score_scale, softcap, causal, tiling)
 
 
 def _capacity(ckv_cache: Tensor, block_table: Tensor | None) -> int:
@@ -183,7 +179,6 @@ def _capacity(ckv_cache: Tensor, block_table: Tensor | None) -> int:
 
 def _launch(
     q_nope: Tensor,
-    q_pe: Tensor | None,
     ckv_cache: Tensor,
     kpe_cache: Tensor | None,
     block_table: Tensor | None,
@@ -197,8 +192,7 @@ def _launch(
     _, q_len, n_heads, dv = q_nope.shape
     n_rope_heads, d_pe = (1, 0) if kpe_cache is None else kpe_cache.shape[2:]
     v_width = None if v_cache is None else v_cache.shape[2]
-    scale = (0, None) if score_scale is None else (score_scale.shape[2], score_scale.dtype)
-    scoring = (softcap > 0, *scale)
+    scoring = Scoring.of_call(softcap, score_scale)
     loader = _loader(ckv_cache, kpe_cache, v_cache, block_table is not None)
     sizes = (n_heads, n_rope_heads, dv, d_pe, v_width)
     run, workers, *merge = _compiled(sizes, tuple(tiling), q_nope.dtype, q_len, loader, scoring)
@@ -215,11 +209,11 @@ def _compiled(
     dtype: torch.dtype,
     q_len: int,
     loader: str,
-    scoring: tuple[bool, int, torch.dtype | None],
+    scoring: Scoring,
 ) -> tuple[Any, int, int, int]:
     """The compiled kernel, and what of the tiling its launch takes."""
     chosen = Tiling.from_ints(tiling)
-    run = kernel(MLAShape(*sizes), chosen, dtype, q_len, loader, Scoring(*scoring))
+    run = kernel(MLAShape(*sizes), chosen, dtype, q_len, loader, scoring)
     return run, chosen.workers, chosen.log_merge_ways, chosen.log_merge_parts
 
 

@@ -25,7 +25,7 @@ def combine(
     """
     out = results.out
     lse = results.lse
-    part = results.part
+    part = results.states
     sums = results.sums
     sums0 = results.sums0
     # TileLang gives all launches of a program the same clusters, which divide the grid

@@ -142,6 +142,7 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
             log_ways, log_parts, results, cluster,
         )  # fmt: skip
 
+    # two signatures, which the DSL reads from the functions: every argument costs a call time
     @T.prim_func
     def decode(
         q_nope: T.StridedTensor((batch, q_len, n_heads, spec.dv), (sqb, sqi, sqh, 1), dtype),

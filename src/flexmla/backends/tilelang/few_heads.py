@@ -39,7 +39,7 @@ def consume_few(
     q_empty = sh.q_empty
     out = results.out
     lse = results.lse
-    state = results.part
+    state = results.states
     sums_of = results.sums
     sums0 = results.sums0
     query0 = group * spec.block_q

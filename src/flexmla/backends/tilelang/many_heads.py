@@ -52,7 +52,7 @@ def consume_half(
     q_empty = sh.q_empty
     out = results.out
     lse = results.lse
-    state = results.part
+    state = results.states
     sums = results.sums
     sums0 = results.sums0
     query0 = group * spec.block_q

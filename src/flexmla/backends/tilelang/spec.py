@@ -124,13 +124,13 @@ class Results(NamedTuple):
     Attributes:
         out: `[batch, q_len, n_heads, width]`.
         lse: `[batch, n_heads, q_len]`.
-        part: partial states `[slots, n_queries, width]`.
+        states: partial states `[slots, n_queries, width]`.
         sums: float32 `[sums0 + slots, n_queries]`: log2 of a state's sum of exponentials, from row sums0 on.
         sums0: a row.
     """
 
     out: Any
     lse: Any
-    part: Any
+    states: Any
     sums: Any
     sums0: Any

@@ -6,14 +6,13 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 from flexmla import DeviceRecord, MLAShape
-from flexmla.expected import expected, step_bytes
+from flexmla.bench.case import Case
+from flexmla.bench.expected import expected
 from flexmla.models import model_shapes
 from flexmla.tiling import tile
 
-ROWS = Path(__file__).parents[1] / "benchmarks/results/h100.jsonl"
+ROWS = Path(__file__).parents[2] / "benchmarks/results/h100.jsonl"
 H100 = DeviceRecord((9, 0), 132, "H100")
 
 
@@ -27,7 +26,7 @@ def test_long_steps_of_every_model_take_about_what_is_expected() -> None:
         shape = MLAShape(row["n_heads"], row["n_rope_heads"], row["dv"], row["d_pe"])
         tiling = tile(shape, 64, 8192, H100.sm_count, scoring=scoring[shape])
         assert tiling is not None
-        us, _ = expected(shape, tiling, 64, 8192, torch.float16, H100)
+        us, _ = expected(Case("x", shape, 64, 8192), tiling, H100)
         ratios[shape] = us / row["us"]
     assert len(ratios) > 15
     assert all(0.7 < ratio < 1.45 for ratio in ratios.values()), ratios
@@ -36,10 +35,11 @@ def test_long_steps_of_every_model_take_about_what_is_expected() -> None:
 
 def test_bytes_and_fraction() -> None:
     shape = MLAShape(32, 4, 512, 16)
-    assert step_bytes(shape, 2, 100, torch.float16) == 2 * (2 * 100 * (512 + 64) + 2 * 32 * (512 + 16 + 512))
+    assert Case("x", shape, 2, 100).n_bytes == 2 * (2 * 100 * (512 + 64) + 2 * 32 * (512 + 16 + 512))
     tiling = tile(shape, 64, 8192, H100.sm_count)
     assert tiling is not None
-    us, fraction = expected(shape, tiling, 64, 8192, torch.float16, H100)
-    assert math.isclose(fraction * us * 3130e3, step_bytes(shape, 64, 8192, torch.float16))
+    case = Case("x", shape, 64, 8192)
+    us, fraction = expected(case, tiling, H100)
+    assert math.isclose(fraction * us * 3130e3, case.n_bytes)
     faster = DeviceRecord((9, 0), 132, "twice as fast", memory_gb_s=6660)
-    assert expected(shape, tiling, 64, 8192, torch.float16, faster)[0] < 0.7 * us
+    assert expected(case, tiling, faster)[0] < 0.7 * us
