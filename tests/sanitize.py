@@ -7,9 +7,9 @@ import sys
 import torch
 
 from flexmla import MLAShape, PagedLatentCache
-from flexmla.cases import CaseSpace, Specialisation, random_case
+from flexmla.cases import CaseSpace, random_case
 from flexmla.check import bounds, row_errors
-from flexmla.shape import Scoring
+from flexmla.shape import Scoring, Specialisation
 
 FP16, BF16 = torch.float16, torch.bfloat16
 # both families; shared, grouped and per-head keys, none; all loaders; one and several queries; one and several groups;

@@ -9,7 +9,7 @@ import torch
 
 from flexmla import DecodePlan, DeviceRecord, MLAShape
 from flexmla import plan as make_plan
-from flexmla.models import model_shapes
+from flexmla.models import ModelShape, model_shapes
 from flexmla.plan import device_record, plan_scored, tilelang_lacks
 from flexmla.shape import PLAIN, Scoring
 from flexmla.tiling import (
@@ -17,6 +17,7 @@ from flexmla.tiling import (
     SMEM_PER_SM,
     SMEM_RESERVED,
     Tiling,
+    choices,
     keys_per_group,
     padded_queries,
     part_width,
@@ -199,10 +200,19 @@ def test_wide_latents_are_shared_out_over_a_cluster(dv: int, v_width: int | None
 
 
 def test_small_latents_share_an_sm() -> None:
-    tiling = tile(MLAShape(16, 1, 128, 32), 64, 8192, 132)
+    tiling = tile(MLAShape(16, 1, 128, 16), 64, 8192, 132)
     assert tiling is not None
     assert tiling.ctas_per_sm > 1
     assert tiling.workers == 132 * tiling.ctas_per_sm
+
+
+@pytest.mark.parametrize("model", model_shapes(), ids=lambda model: model.name)
+def test_a_search_tries_the_planned_tile(model: ModelShape) -> None:
+    for batch, max_len in ((64, 8192), (8, 2048), (1, 128)):
+        planned = tile(model.shape, batch, max_len, 132, scoring=model.scoring)
+        found = choices(model.shape, batch, max_len, 132, scoring=model.scoring)
+        assert planned in found
+        assert len(found) == len(set(found))
 
 
 def test_tiling_survives_the_operator_boundary() -> None:

@@ -6,30 +6,16 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .api import mla_decode
-from .shape import PLAIN, MLAShape, Scoring
+from .shape import MLAShape, Scoring, Specialisation
 
 GARBAGE_PAGES = (-1, 2147480000)  # what engines leave in the unused entries of a block table
-
-
-class Specialisation(NamedTuple):
-    """What a backend compiles in.
-
-    Attributes:
-        loader: how the caches lie in memory, one of `LOADERS`.
-    """
-
-    shape: MLAShape
-    dtype: torch.dtype
-    q_len: int
-    loader: str
-    scoring: Scoring = PLAIN
 
 
 # Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin.

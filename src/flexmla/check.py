@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from .cases import LOADERS, Case, CaseSpace, Specialisation, random_case
-from .shape import MLAShape, Scoring
+from .cases import LOADERS, Case, CaseSpace, random_case
+from .shape import MLAShape, Scoring, Specialisation
 
 N_SPECIALISATIONS = 64
 N_PLAIN = 20  # of them

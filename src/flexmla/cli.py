@@ -201,6 +201,9 @@ def bench(
     cold_start: Annotated[
         bool, typer.Option("--cold-start", help="Measure the first call of a new process too.")
     ] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Time every tile that the plan chooses from, instead of peers.")
+    ] = False,
     device: Device = None,
     json: Annotated[Path | None, typer.Option(help="Append a row a measurement to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw fraction of read over bytes to this file.")] = None,
@@ -247,6 +250,7 @@ def bench(
         console=wide_console(),
         overhead=overhead_cases(chosen) if overhead else [],
         cold=cold_cases(chosen) if cold_start else [],
+        search=search,
         base=base,
         base_arguments=[*selected, "--dtype", dtype, *(["--device", device] if device else [])],
     )

@@ -82,3 +82,20 @@ class Scoring(NamedTuple):
 
 
 PLAIN = Scoring()
+
+
+class Specialisation(NamedTuple):
+    """What is compiled into a kernel, besides its tile.
+
+    Attributes:
+        dtype: of queries, caches and outputs.
+        q_len: query tokens a row.
+        loader: how the caches lie in memory. By TMA come those that are `contiguous` or in `pages` of at least a tile,
+            others token by token (`gather`), or element by element where they are not aligned (`scalar`).
+    """
+
+    shape: MLAShape
+    dtype: torch.dtype
+    q_len: int = 1
+    loader: str = "contiguous"
+    scoring: Scoring = PLAIN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from .shape import PLAIN, MLAShape, Scoring
 
@@ -172,25 +172,85 @@ def _tilings(
     shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int, scoring: Scoring
 ) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
-    block_n = BLOCK_N
-    row_tiles = -(-max_len // block_n)
-    least_parts = -(-(shape.dv + (shape.v_width or 0)) // MAX_PART)
-    for parts in range(least_parts, MAX_PARTS + 1):
+    for parts in range(_least_parts(shape), MAX_PARTS + 1):
         candidates = list(_candidates(shape, q_len, parts, scoring))
         for least_stages, (family, block_h) in itertools.product((2, 1), candidates):
-            groups = -(-shape.n_heads // block_h)
-            registers = _registers(shape, family, block_h * q_len, block_n, parts)
-            for ctas in range(MAX_CTAS_PER_SM if family == "few_heads" and parts == 1 else 1, 0, -1):
-                if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
-                    continue
-                limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
-                wanted = max(least_stages, 3 if ctas > 1 else 1)
-                for stages in range(MAX_STAGES, wanted - 1, -1):
-                    if shared_memory(shape, family, block_h, block_n, stages, q_len, parts, scoring) <= limit:
-                        clusters = int(sm_count * CLUSTERED[parts - 1]) // parts * ctas
-                        workers = _workers(clusters // groups, batch, row_tiles)
-                        merge = _merge(shape, batch, q_len, workers, sm_count)
-                        yield Tiling(family, block_h, block_n, stages, ctas, parts, workers, *merge)
+            for ctas in _ctas_per_sm(family, parts):
+                # CTAs that share an SM hide each other's latencies, but not too few tiles in flight
+                wanted = MAX_STAGES if ctas > 1 else least_stages
+                fitting = _fitting(shape, sm_count, batch, max_len, q_len, scoring, family, block_h, ctas, parts)
+                for tiling in fitting:
+                    if tiling.stages >= wanted:
+                        yield tiling
+
+
+def choices(
+    shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int = 1, scoring: Scoring = PLAIN
+) -> list[Tiling]:
+    """What `tile` chooses from, for a search: families, groups of heads, CTAs an SM, as many stages as fit, workers.
+
+    Not all of it: with the fewest parts, at least two stages, at most twice as many groups as there have to be, and
+    workers as planned or as many as there can be.
+    """
+    parts = _least_parts(shape)
+    found = []
+    for family, block_h in _candidates(shape, q_len, parts, scoring):
+        for ctas in _ctas_per_sm(family, parts):
+            fitting = _fitting(shape, sm_count, batch, max_len, q_len, scoring, family, block_h, ctas, parts)
+            found += [tiling for tiling in itertools.islice(fitting, 1) if tiling.stages > 1]
+    fewest = min((_groups(shape, tiling.block_h) for tiling in found), default=1)
+    found = [tiling for tiling in found if _groups(shape, tiling.block_h) <= 2 * fewest]
+    most = []
+    for tiling in found:
+        workers = max(1, min(_most_workers(shape, sm_count, tiling), batch * -(-max_len // BLOCK_N)))
+        ways, merge_parts = _merge(shape, batch, q_len, workers, sm_count)
+        most.append(replace(tiling, workers=workers, log_merge_ways=ways, log_merge_parts=merge_parts))
+    return list(dict.fromkeys(found + most))
+
+
+def _least_parts(shape: MLAShape) -> int:
+    """CTAs that share the columns, at least."""
+    return -(-(shape.dv + (shape.v_width or 0)) // MAX_PART)
+
+
+def _groups(shape: MLAShape, block_h: int) -> int:
+    return -(-shape.n_heads // block_h)
+
+
+def _ctas_per_sm(family: str, parts: int) -> range:
+    """CTAs that may share an SM, the most first."""
+    return range(MAX_CTAS_PER_SM if family == "few_heads" and parts == 1 else 1, 0, -1)
+
+
+def _most_workers(shape: MLAShape, sm_count: int, tiling: Tiling) -> int:
+    """Workers whose CTAs are all there at once."""
+    clusters = int(sm_count * CLUSTERED[tiling.parts - 1]) // tiling.parts * tiling.ctas_per_sm
+    return clusters // _groups(shape, tiling.block_h)
+
+
+def _fitting(
+    shape: MLAShape,
+    sm_count: int,
+    batch: int,
+    max_len: int,
+    q_len: int,
+    scoring: Scoring,
+    family: str,
+    block_h: int,
+    ctas: int,
+    parts: int,
+) -> Iterator[Tiling]:
+    """Tilings of one kind that fit an SM, those with the most stages first."""
+    registers = _registers(shape, family, block_h * q_len, BLOCK_N, parts)
+    if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
+        return
+    limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
+    for stages in range(MAX_STAGES, 0, -1):
+        if shared_memory(shape, family, block_h, BLOCK_N, stages, q_len, parts, scoring) <= limit:
+            kind = Tiling(family, block_h, BLOCK_N, stages, ctas, parts, 1, 0, 0)
+            workers = _workers(_most_workers(shape, sm_count, kind), batch, -(-max_len // BLOCK_N))
+            ways, merge_parts = _merge(shape, batch, q_len, workers, sm_count)
+            yield replace(kind, workers=workers, log_merge_ways=ways, log_merge_parts=merge_parts)
 
 
 def _candidates(shape: MLAShape, q_len: int, parts: int, scoring: Scoring) -> Iterator[tuple[str, int]]:

@@ -212,6 +212,20 @@ def test_misses_are_counted_and_printed(gpu_that_is_a_cpu, monkeypatch):
     assert console.file.getvalue().count("MISS: flexmla, shape 4/2 64+16 2 x 50: wrong") == 2
 
 
+def test_a_search_times_every_tile_instead_of_peers(gpu_that_is_a_cpu, monkeypatch):
+    def decode(inputs):
+        return inputs.expected()
+
+    names = ("flexmla-tile-few_heads-4x4-3-2", "flexmla-tile-few_heads-4x4-2-2")
+    monkeypatch.setattr(run, "searched", lambda case, device: [Contender(n, LatentInputs, decode) for n in names])
+    monkeypatch.setattr(run, "flexmla_contender", lambda case, device: Contender("flexmla", LatentInputs, decode))
+    monkeypatch.setattr(run, "search_misses", lambda results: [f"{len(results)} were compared"])
+    console = quiet()
+    assert start([CASE], console, search=True) == 1
+    assert "fastest tile" in console.file.getvalue()
+    assert "MISS: 3 were compared" in console.file.getvalue()
+
+
 def test_a_run_needs_a_cuda_device():
     with pytest.raises(ValueError, match="bench needs a CUDA GPU, got device 'cpu'"):
         run.run([CASE], device=CPU, peers=True, json_path=None, plot_path=None, commit=None, console=quiet())

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from flexmla.bench.timing import GraphTimer, HostTimer, launches_left_out, rotated_sets
+from flexmla.bench.timing import GraphTimer, HostTimer, launches_left_out, replays_for, rotated_sets
 
 GB = 10**9
 
@@ -23,6 +23,11 @@ GB = 10**9
 )
 def test_rotated_sets(moved_bytes, held_bytes, free_bytes, sets):
     assert rotated_sets(moved_bytes, held_bytes, 50 * 2**20, free_bytes) == sets
+
+
+@pytest.mark.parametrize(("replay_ms", "replays"), [(0.0, 1000), (0.01, 1000), (0.2, 125), (5.0, 20), (1000.0, 20)])
+def test_short_replays_are_timed_more_often(replay_ms, replays):
+    assert replays_for(replay_ms) == replays
 
 
 @pytest.mark.parametrize("timer", [GraphTimer(torch.device("cuda")), HostTimer(torch.device("cpu"))])

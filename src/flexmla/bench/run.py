@@ -28,6 +28,7 @@ from .cold import measure_cold
 from .inputs import Inputs
 from .peers import Contender, flexmla_contender, peers_of
 from .report import Machine, Measured, Row, append_rows, figure_class, is_flexmla, overhead_table, plot, row, table
+from .search import search_misses, search_table, searched
 from .timing import GraphTimer, HostTimer, Timer, rotated_sets
 
 SEED = 0
@@ -178,6 +179,7 @@ def run(
     console: Console,
     overhead: Sequence[Case] = (),
     cold: Sequence[Case] = (),
+    search: bool = False,
     base: Path | None = None,
     base_arguments: Sequence[str] = (),
 ) -> int:
@@ -193,6 +195,8 @@ def run(
         console: where to print.
         overhead: what to measure the host's time of an eager call with, after the cases.
         cold: what to measure the first call of a new process with, last.
+        search: whether to time every other tile that a plan chooses from, instead of peers; one that is much faster
+            than the plan's is a miss.
         base: another checkout, whose code measures the same cases afterwards; its rows go to `json_path` too.
         base_arguments: what asks its bench command for these cases.
 
@@ -243,6 +247,9 @@ def run(
         console.print(overhead_table(outcome.results, f"overhead, {machine.gpu}"))
         return outcome
 
+    def others(case: Case) -> Sequence[Contender]:
+        return searched(case, device) if search else peers_of(case) if peers else ()
+
     misses = 0
     if cases:
         rows: list[Row] = []
@@ -258,11 +265,15 @@ def run(
             outcome = measure_suite(
                 list(of_suite),
                 rig,
-                others=peers_of if peers else lambda case: (),
+                others=others,
                 console=console,
                 keep=lambda results: rows.extend(write(results, limits)),
             )
-            console.print(table(outcome.results, limits, f"{suite}, {machine.gpu}"))
+            if search:
+                console.print(search_table(outcome.results, f"{suite}, {machine.gpu}"))
+                outcome.misses += search_misses(outcome.results)
+            else:
+                console.print(table(outcome.results, limits, f"{suite}, {machine.gpu}"))
             misses += _tell(outcome, console)
         if plot_path is not None:
             plot(rows, plot_path)

@@ -15,7 +15,9 @@ import torch
 
 ROTATION = 3  # a set of inputs comes round again only after this many times the L2 cache has been touched
 MOST_SETS = 256  # of the smallest steps, ten thousand would fit: building and capturing them takes minutes
-REPLAYS = 20
+REPLAYS = 20  # at least
+MOST_REPLAYS = 1000
+TIMED_MS = 25  # replays go on for so long: a GPU that is slow for a moment is not what is measured
 WARMUP_REPLAYS = 3
 HOST_CALLS = 1000
 BURST = 32  # calls between two synchronisations; far from where a full queue makes a launch wait
@@ -39,9 +41,8 @@ class Timer(Protocol):
 class GraphTimer:
     """One CUDA graph that holds every call once, replayed; the median replay over the number of calls."""
 
-    def __init__(self, device: torch.device, replays: int = REPLAYS) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.replays = replays
         self._graph: torch.cuda.CUDAGraph | None = None
         self._n_calls = 0
 
@@ -69,16 +70,20 @@ class GraphTimer:
         if self._graph is None:
             raise RuntimeError("prepare must be called before us")
         with torch.cuda.device(self.device):
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.replays + 1)]
-            for _ in range(WARMUP_REPLAYS):
-                self._graph.replay()
-            marks[0].record()
-            for mark in marks[1:]:
-                self._graph.replay()
-                mark.record()
-            torch.cuda.synchronize()
-        replays_ms = [start.elapsed_time(end) for start, end in pairwise(marks)]
+            warm_ms = self._replay(self._graph, WARMUP_REPLAYS)
+            replays_ms = self._replay(self._graph, replays_for(statistics.median(warm_ms)))
         return statistics.median(replays_ms) * 1e3 / self._n_calls
+
+    @staticmethod
+    def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
+        """Milliseconds of each of several replays."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
     def release(self) -> None:
         """Drops the graph and the memory of its results."""
@@ -163,6 +168,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def replays_for(replay_ms: float) -> int:
+    """Number of replays to time, where one takes about `replay_ms`."""
+    return max(REPLAYS, min(MOST_REPLAYS, math.ceil(TIMED_MS / max(replay_ms, 1e-6))))
 
 
 def rotated_sets(moved_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: int) -> int:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
-from flexmla.cases import Specialisation
 from flexmla.plan import device_record
+from flexmla.shape import Specialisation
 from flexmla.tiling import tile
 
 # Whether a call of the loader may be one with small pages, whose tiles are loaded once.
@@ -20,7 +20,7 @@ def compile_all(specialisations: Iterable[Specialisation]) -> None:
 
     sm_count = device_record("cuda").sm_count
     jobs = [
-        (s.shape, tile(s.shape, 64, 8192, sm_count, s.q_len, once, s.scoring), *s[1:])
+        (s, tile(s.shape, 64, 8192, sm_count, s.q_len, once, s.scoring))
         for s in specialisations
         for once in ONCE[s.loader]
     ]

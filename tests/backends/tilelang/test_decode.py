@@ -9,9 +9,9 @@ import torch
 
 import flexmla
 from flexmla import MLAShape, reference
-from flexmla.cases import Specialisation, random_case
+from flexmla.cases import random_case
 from flexmla.check import TILELANG, bounds, row_errors
-from flexmla.shape import Scoring
+from flexmla.shape import Scoring, Specialisation
 
 from .compiling import compile_all
 from .covering import covering_shapes

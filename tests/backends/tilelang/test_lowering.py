@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexmla import MLAShape
-from flexmla.shape import PLAIN, Scoring
+from flexmla.shape import PLAIN, Scoring, Specialisation
 from flexmla.tiling import BARRIER_BYTES, SMEM_PER_CTA, Tiling, loader_warps, threads_per_cta, tile, used_memory
 
 pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
@@ -68,7 +68,7 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     from flexmla.backends.tilelang.compile import lower_source, missing_compilers
 
     tiling = planned(shape, q_len, scoring)
-    source, attributes = lower_source(shape, tiling, dtype, q_len, loader, scoring)
+    source, attributes = lower_source(Specialisation(shape, dtype, q_len, loader, scoring), tiling)
     assert "mma_sync" not in source
     wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
     consumers = 2 if tiling.family == "many_heads" else 1
@@ -76,7 +76,11 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     gathered = loader in ("gather", "scalar")
     caches = 1 + bool(shape.d_pe) + (shape.v_width is not None)
     # one query token comes by TMA, several by cp.async, as its rotary part does into the block-sparse tile
-    assert source.count("tl::tma_load(") == (q_len == 1) + (0 if gathered else caches)
+    by_tma = 0 if gathered else caches
+    # what only one CTA reads L2 need not keep
+    read_once = by_tma if tiling.family == "few_heads" and tiling.block_h == shape.n_heads else 0
+    assert source.count("tl::tma_load<tl::CacheHintSm90::EVICT_FIRST>(") == read_once
+    assert source.count("tl::tma_load(") == (q_len == 1) + by_tma - read_once
     aligned = shape.d_pe > 0 and shape.d_pe % 8 == 0  # rotary queries
     copied = (q_len > 1) + aligned + (caches if loader == "gather" else 0)
     assert len(re.findall(r"tl::cp_async_gs(?:_conditional)?<", source)) == copied
@@ -113,7 +117,7 @@ def test_gathering_warps_stop_at_the_last_chunk(
     """By a guard and loops of fixed length: bounds that depend on the warp were compiled to one round too many."""
     from flexmla.backends.tilelang.compile import lower_source
 
-    source, _ = lower_source(shape, planned(shape), torch.float16, 1, loader)
+    source, _ = lower_source(Specialisation(shape, torch.float16, 1, loader), planned(shape))
     gathering = source[source.index("int my_page") : source.index("full[((int64_t)stage_1)].arrive()")]
     assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
     guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
@@ -149,7 +153,7 @@ def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(backend.shutil, "which", lambda _: None)
     shape = MLAShape(8, 1, 64, 8)
     with pytest.raises(RuntimeError, match=r"needs nvcc.*flexmla\[nvcc\].*host C\+\+ compiler"):
-        backend.kernel(shape, planned(shape), torch.float16)
+        backend.kernel(Specialisation(shape, torch.float16), planned(shape))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
@@ -163,7 +167,7 @@ def test_a_compilation_that_takes_long_is_told(
     monkeypatch.setattr(backend, "program", lambda *_: None)
     monkeypatch.setattr(backend, "_compile", lambda _: time.sleep(seconds) or "compiled")
     shape = MLAShape(8, 1, 64, 8)
-    assert backend.kernel(shape, planned(shape), torch.float16) == "compiled"
+    assert backend.kernel(Specialisation(shape, torch.float16), planned(shape)) == "compiled"
     told = [record.getMessage() for record in caplog.records if record.name == "flexmla"]
     assert len(told) == (seconds > 0)
     assert all("compiling a kernel for MLAShape(n_heads=8" in message for message in told)
@@ -176,4 +180,4 @@ def test_an_uncompiled_kernel_refuses_graph_capture(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     shape = MLAShape(8, 2, 64, 8)
     with pytest.raises(RuntimeError, match="call mla_decode once with this shape and dtype before capturing"):
-        backend.kernel(shape, planned(shape), torch.float16)
+        backend.kernel(Specialisation(shape, torch.float16), planned(shape))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexmla.cases import CaseSpace, Specialisation, random_case
+from flexmla.cases import CaseSpace, random_case
 from flexmla.check import bounds, row_errors
 from flexmla.models import ModelShape, model_shapes
+from flexmla.shape import Specialisation
 
 from .compiling import compile_all
 from .hopper import ON_HOPPER

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shape import PLAIN, MLAShape, Scoring
+from ...shape import PLAIN, MLAShape, Scoring, Specialisation
 from ...tiling import Tiling
 from .compile import kernel
 
@@ -23,7 +23,7 @@ class Launch:
 
     Attributes:
         run: the kernel.
-        loader: how it loads tiles, one of `spec.LOADERS`.
+        loader: how it loads tiles, a `Specialisation.loader`.
         workspace: elements of the partial states of all workers and of their sums.
         rest: arguments that are numbers.
         scored: whether scores or values are not plain, and the kernel takes what they are made with.
@@ -213,12 +213,12 @@ def _compiled(
 ) -> tuple[Any, int, int, int]:
     """The compiled kernel, and what of the tiling its launch takes."""
     chosen = Tiling.from_ints(tiling)
-    run = kernel(MLAShape(*sizes), chosen, dtype, q_len, loader, scoring)
+    run = kernel(Specialisation(MLAShape(*sizes), dtype, q_len, loader, scoring), chosen)
     return run, chosen.workers, chosen.log_merge_ways, chosen.log_merge_parts
 
 
 def _loader(ckv: Tensor, kpe: Tensor | None, v: Tensor | None, paged: bool) -> str:
-    """How tiles can be loaded: one of `spec.LOADERS`."""
+    """How tiles can be loaded: a `Specialisation.loader`."""
     steps, places, by_tma = 0, 0, True
     for cache in (ckv, kpe, v):
         if cache is not None:

@@ -8,13 +8,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import tilelang
 import torch
 from tilelang import tvm
 
-from ...shape import PLAIN, MLAShape, Scoring
+from ...shape import Specialisation
 from ...tiling import Tiling
 from .decode import decode_program
 
@@ -27,7 +28,6 @@ PASS_CONFIGS = {
     # every access is guarded where it can leave its tensor
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 TELL_AFTER = 1.0  # seconds
 
@@ -36,59 +36,32 @@ _lock = threading.Lock()
 _kernels: dict[Any, Any] = {}
 
 
-def program(
-    shape: MLAShape,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    q_len: int = 1,
-    loader: str = "contiguous",
-    scoring: Scoring = PLAIN,
-) -> Any:
-    """The TileLang program of a shape and tile; `loader` is one of `spec.LOADERS`."""
+def program(wanted: Specialisation, tiling: Tiling) -> Any:
+    """The TileLang program of a specialisation and tile."""
     with tvm.target.Target(TARGET):
-        scale_dtype = DTYPES[scoring.scale_dtype or dtype]
-        return decode_program(shape, tiling, q_len, loader, DTYPES[dtype], scoring, scale_dtype)
+        return decode_program(wanted, tiling)
 
 
-def kernel(
-    shape: MLAShape,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    q_len: int = 1,
-    loader: str = "contiguous",
-    scoring: Scoring = PLAIN,
-) -> Any:
+def kernel(wanted: Specialisation, tiling: Tiling) -> Any:
     """The compiled kernel, from this process, the disk cache or the compiler, in this order.
 
     Raises:
         RuntimeError: the kernel is not compiled and the stream is being captured, or a compiler is missing.
     """
-    # the grid is an argument of the launch: one kernel serves every number of workers
-    key = (
-        shape,
-        tiling.family,
-        tiling.block_h,
-        tiling.block_n,
-        tiling.stages,
-        tiling.ctas_per_sm,
-        tiling.parts,
-        dtype,
-        q_len,
-        loader,
-        scoring,
-    )
+    # workers and merge are arguments of the launch: one kernel serves every grid
+    key = wanted, replace(tiling, workers=1, log_merge_ways=0, log_merge_parts=0)
     found = _kernels.get(key)
     if found is not None:
         return found
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"the kernel of {shape} in {dtype} is not compiled and cannot be during CUDA graph capture: "
+            f"the kernel of {wanted.shape} in {wanted.dtype} is not compiled and cannot be during CUDA graph capture: "
             "call mla_decode once with this shape and dtype before capturing, and with such a cache, q_len and options"
         )
     with _lock:
         if key not in _kernels:
-            with _told(f"{shape} in {dtype}"):
-                _kernels[key] = _compile(program(shape, tiling, dtype, q_len, loader, scoring))
+            with _told(f"{wanted.shape} in {wanted.dtype}"):
+                _kernels[key] = _compile(program(wanted, tiling))
         return _kernels[key]
 
 
@@ -105,19 +78,12 @@ def _told(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def prebuild(
-    shape: MLAShape,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    q_len: int = 1,
-    loader: str = "contiguous",
-    scoring: Scoring = PLAIN,
-) -> str | None:
+def prebuild(wanted: Specialisation, tiling: Tiling) -> str | None:
     """Compiles a kernel into the disk cache; None, or what went wrong. For worker processes: it can be pickled."""
     try:
-        kernel(shape, tiling, dtype, q_len, loader, scoring)
+        kernel(wanted, tiling)
     except Exception as error:
-        return f"{shape} {dtype} q_len {q_len} {loader} {scoring} {tiling}: {error}"
+        return f"{wanted} {tiling}: {error}"
     return None
 
 
@@ -133,19 +99,10 @@ def _compile(func: Any) -> Any:
         raise
 
 
-def lower_source(
-    shape: MLAShape,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    q_len: int = 1,
-    loader: str = "contiguous",
-    scoring: Scoring = PLAIN,
-) -> tuple[str, dict[str, Any]]:
+def lower_source(wanted: Specialisation, tiling: Tiling) -> tuple[str, dict[str, Any]]:
     """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
     with tvm.target.Target(TARGET), tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()}):
-        artifact = tilelang.engine.lower(
-            program(shape, tiling, dtype, q_len, loader, scoring), target=tvm.target.Target(TARGET)
-        )
+        artifact = tilelang.engine.lower(program(wanted, tiling), target=tvm.target.Target(TARGET))
     return artifact.kernel_source, {name.name_hint: func.attrs for name, func in artifact.device_mod.functions.items()}
 
 

@@ -11,26 +11,21 @@ from .many_heads import consume_many
 from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
 from .scores import ADD_PARTS, Exchange
-from .spec import Results, Shared, specialise
+from .spec import DTYPES, Results, Shared, specialise
 
 QUERY_STRIDES = ("sqb", "sqi", "sqh", "spb", "spi", "sph")
 CACHE_STRIDES = ("scp", "scs", "skp", "sks", "skr", "svp", "svs", "ssp", "sss", "stb")
 
 
-def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
-    """The kernel of one shape and tile; batch, lengths, page size, strides and grid are dynamic.
+def decode_program(wanted, tiling):
+    """The kernel of one specialisation and tile; batch, lengths, page size, strides and grid are dynamic.
 
     Query tokens are folded into the heads: query `h * q_len + i` is head `h` of token `i`. A launch may begin while the
     one before it ends: nothing is read before that has been waited for.
 
     Args:
-        shape: the `MLAShape`.
+        wanted: the `Specialisation`.
         tiling: the `Tiling`; its workers and merge are arguments of the launch.
-        q_len: query tokens a row.
-        loader: one of `spec.LOADERS`.
-        dtype: TileLang's name of the dtype of queries, caches and outputs.
-        scoring: the `Scoring`.
-        scale_dtype: TileLang's name of its dtype.
 
     Returns:
         A function whose arguments are, in order: `q_nope`, `q_pe`, `ckv`, `kpe`, `seq_lens`, `starts`, `block_table`,
@@ -39,7 +34,9 @@ def decode_program(shape, tiling, q_len, loader, dtype, scoring, scale_dtype):
         scores or values are not plain, `v`, `scale`, `inner_scale`. With a cap, `softmax_scale` is the cap and
         `inner_scale` what the tanh's argument is multiplied with.
     """
-    spec = specialise(shape, tiling, q_len, loader, dtype, scoring)
+    spec = specialise(wanted, tiling)
+    shape, _, q_len, loader, scoring = wanted
+    dtype, scale_dtype = spec.dtype, DTYPES[scoring.scale_dtype or wanted.dtype]
     few = tiling.family == "few_heads"
     n_heads, queries, block_n, stages, parts = spec.n_heads, spec.queries, spec.block_n, spec.stages, spec.parts
     # without rotary keys their arguments are stand-ins that nothing reads

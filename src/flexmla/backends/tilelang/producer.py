@@ -47,6 +47,7 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
     block_n = spec.block_n
     rope = spec.rope
     stages = spec.stages
+    evict = "evict_first" if spec.streams else None
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -73,6 +74,7 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                         sh.kpe[stage, :, :],
                         barrier=sh.full[stage],
                         leader_scope_threads=32,
+                        eviction_policy=evict,
                     )
                 else:
                     T.tma_copy(
@@ -80,12 +82,14 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                         sh.kpe[stage, :, :],
                         barrier=sh.full[stage],
                         leader_scope_threads=32,
+                        eviction_policy=evict,
                     )
             T.tma_copy(
                 caches.ckv[page, slot : slot + block_n, caches.k0 : caches.k0 + spec.k],
                 sh.ckv[stage, :, :],
                 barrier=sh.full[stage],
                 leader_scope_threads=32,
+                eviction_policy=evict,
             )
             if spec.v > 0:
                 T.tma_copy(
@@ -93,6 +97,7 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                     sh.v[stage, :, :],
                     barrier=sh.full[stage],
                     leader_scope_threads=32,
+                    eviction_policy=evict,
                 )
             if spec.scales > 0:
                 for half in T.unroll(block_n // 32):

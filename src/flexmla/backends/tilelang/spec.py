@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ...shape import MLAShape, Scoring
+import torch
+
+from ...shape import Specialisation
 from ...tiling import Tiling, keys_per_group, padded_queries, part_width, rope_tile_width
 
-# loaders: contiguous caches by TMA, pages of at least a tile by TMA, and token by token: 8 or 1 elements at once
-LOADERS = ("contiguous", "pages", "gather", "scalar")
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # as TileLang names them
 
 
 class Spec(NamedTuple):
@@ -34,6 +35,7 @@ class Spec(NamedTuple):
         k, v, out, rope: columns of a CTA's tiles of latents, separate values (0 without them), outputs and rotary keys
             (0 without them), padded.
         scales: multipliers of a token that a CTA's heads use.
+        streams: whether L2 is told not to keep what was loaded: no other CTA reads it.
     """
 
     n_heads: int
@@ -59,10 +61,12 @@ class Spec(NamedTuple):
     out: int
     rope: int
     scales: int
+    streams: bool
 
 
-def specialise(shape: MLAShape, tiling: Tiling, q_len: int, loader: str, dtype: str, scoring: Scoring) -> Spec:
-    """The sizes of a shape and tile."""
+def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
+    """The sizes of a specialisation and tile."""
+    shape, dtype, q_len, loader, scoring = wanted
     block_q = tiling.block_h * q_len
     k = part_width(shape.dv, tiling.parts)
     v = 0 if shape.v_width is None else part_width(shape.v_width, tiling.parts)
@@ -76,7 +80,7 @@ def specialise(shape: MLAShape, tiling: Tiling, q_len: int, loader: str, dtype: 
         width=shape.out_width,
         scale_heads=heads,
         softcap=scoring.softcap,
-        dtype=dtype,
+        dtype=DTYPES[dtype],
         vector={"gather": 8, "scalar": 1}.get(loader, 0),
         stages=tiling.stages,
         block_n=tiling.block_n,
@@ -91,6 +95,7 @@ def specialise(shape: MLAShape, tiling: Tiling, q_len: int, loader: str, dtype: 
         out=v or k,
         rope=rope_tile_width(shape, tiling.block_h, tiling.parts) if shape.d_pe else 0,
         scales=keys_per_group(shape.n_heads, heads, tiling.block_h) if heads else 0,
+        streams=tiling.family == "few_heads" and tiling.block_h == shape.n_heads,
     )
 
 
