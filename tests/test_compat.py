@@ -129,6 +129,8 @@ def test_what_is_lacking_is_named(name):
         ({"k_cache": torch.zeros(3, 16, 1, 40, requires_grad=True)}, RuntimeError, "k_cache requires grad"),
         ({"cache_seqlens": torch.zeros(5).long()}, TypeError, "cache_seqlens must be torch.int32, got torch.int64"),
         ({"cache_seqlens": torch.zeros(4).int()}, ValueError, r"cache_seqlens must be \[batch\] = \(5,\), got \(4,\)"),
+        ({"cache_seqlens": torch.full((5,), 999).int()}, ValueError, "cache_seqlens must be 0 to .* got 999"),
+        ({"cache_seqlens": torch.full((5,), -1).int()}, ValueError, "cache_seqlens must be 0 to .* got -1"),
         ({"block_table": torch.zeros(5, 3)}, TypeError, "block_table must be torch.int32, got torch.float32"),
         ({"block_table": torch.zeros(4, 3).int()}, ValueError, r"block_table must be .* = \(5, 3\), got \(4, 3\)"),
     ],

@@ -271,6 +271,12 @@ def test_plan_of_another_call_is_refused(change: dict[str, object], named: str) 
         made.check(**{**call, **change})  # type: ignore[arg-type]
 
 
+def test_a_paged_plan_takes_whole_pages() -> None:
+    made = make_plan(MLAShape(4, 1, 8, 4), 1, 1000, page_size=64, dtype=torch.float32, device="cpu")
+    assert made.max_len == 1024
+    made.check(made.shape, 1, 1024, 1, 64, torch.float32, made.device)
+
+
 @pytest.mark.parametrize(("name", "value"), [("batch", -1), ("max_len", -1), ("q_len", 0)])
 def test_plan_names_a_size_out_of_range(name: str, value: int) -> None:
     sizes = {"batch": 1, "max_len": 1, "q_len": 1, name: value}

@@ -202,7 +202,7 @@ def bench(
         bool, typer.Option("--cold-start", help="Measure the first call of a new process too.")
     ] = False,
     search: Annotated[
-        bool, typer.Option("--search", help="Time every tile that the plan chooses from, instead of peers.")
+        bool, typer.Option("--search", help="Time the other tiles that a kernel could have, instead of peers.")
     ] = False,
     device: Device = None,
     json: Annotated[Path | None, typer.Option(help="Append a row a measurement to this file.")] = None,
@@ -212,7 +212,7 @@ def bench(
         Path | None, typer.Option(help="Compare with the code of another checkout, in this folder.")
     ] = None,
 ) -> None:
-    """Measure decode steps against the machine's limits; exit code 1 where a result is wrong."""
+    """Measure decode steps against the machine's limits; exit code 1 where one is wrong (or --search finds better)."""
     from .bench.case import Case
     from .bench.cold import cold_cases
     from .bench.run import run

@@ -137,6 +137,8 @@ def flash_mla_with_kvcache(
             raise RuntimeError(f"{name} requires grad, but decoding is inference only: use torch.no_grad()")
     if not isinstance(head_dim_v, int) or not 0 < head_dim_v <= head_dim:
         raise ValueError(f"head_dim_v must be from 1 to head_dim {head_dim}, got {head_dim_v!r}")
+    if block_table.shape[:1] == q.shape[:1] and block_table.dim() == 2:
+        _check_lengths(cache_seqlens, block_table.shape[1] * k_cache.shape[1] if k_cache.shape[0] else 0)
     rotary = head_dim_v < head_dim
     out, lse = mla_decode(
         q[..., :head_dim_v],
@@ -156,6 +158,16 @@ def _check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_lengths(cache_seqlens: Tensor, most: int) -> None:
+    """Raises ValueError where lengths on a CPU are out of range."""
+    if cache_seqlens.device.type != "cpu" or cache_seqlens.numel() == 0 or torch.compiler.is_compiling():
+        return
+    shortest, longest = (int(extreme) for extreme in cache_seqlens.aminmax())
+    if shortest < 0 or longest > most:
+        wrong = shortest if shortest < 0 else longest
+        raise ValueError(f"cache_seqlens must be 0 to {most}, what a row of block_table has room for, got {wrong}")
 
 
 def _refuse(**arguments: Any) -> None:

@@ -40,9 +40,9 @@ _library.define(f"mla_decode.out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse) -
 
 def _run(out: Tensor, lse: Tensor, *operands: Any) -> None:
     """Runs a call on the backend that suits it, writing into `out` and `lse`."""
+    name, tiling = _choose(*operands)
     if operands[0].shape[0] == 0:
         return
-    name, tiling = _choose(*operands)
     decode: Any = _tilelang().decode if name == "tilelang" else decode_torch
     decode(*operands[:12], tiling, out, lse)
 

@@ -195,7 +195,7 @@ def plan(
     Args:
         shape: the layer's shape; `v_width` set means a separate `v_cache`.
         batch: the most rows a call will have.
-        max_len: the most tokens a row's cache holds.
+        max_len: the most tokens a row's cache holds; of a paged one whole pages count.
         q_len: query tokens a row, exact.
         page_size: tokens a page, None for contiguous caches.
         dtype: of queries and caches.
@@ -230,6 +230,8 @@ def plan_scored(
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if page_size is not None:
+        max_len = -(-max_len // page_size) * page_size
     record = device_record(device)
     lacks = tilelang_lacks(shape, dtype, record, q_len=q_len, page_size=page_size, batch=batch, scoring=scoring)
     fast_memory = record.memory_gb_s > HALVES_UP_TO

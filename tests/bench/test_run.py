@@ -226,6 +226,13 @@ def test_a_search_times_every_tile_instead_of_peers(gpu_that_is_a_cpu, monkeypat
     assert "MISS: 3 were compared" in console.file.getvalue()
 
 
+def test_a_search_needs_cases_and_no_base(gpu_that_is_a_cpu, tmp_path):
+    with pytest.raises(ValueError, match="a search needs suites or a shape, got none"):
+        start([], overhead=[CASE], search=True)
+    with pytest.raises(ValueError, match="bench takes a base or a search, got both"):
+        start([CASE], search=True, base=tmp_path)
+
+
 def test_a_run_needs_a_cuda_device():
     with pytest.raises(ValueError, match="bench needs a CUDA GPU, got device 'cpu'"):
         run.run([CASE], device=CPU, peers=True, json_path=None, plot_path=None, commit=None, console=quiet())

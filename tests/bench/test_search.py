@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -43,12 +45,18 @@ def test_a_gain_within_the_slack_is_none():
 
 def test_every_tile_is_tried_and_the_plans_is_among_them(monkeypatch):
     pytest.importorskip("tilelang")
-    monkeypatch.setattr(search, "device_record", lambda device: DeviceRecord((9, 0), 132))
+    record = DeviceRecord((9, 0), 132)
+    monkeypatch.setattr(search, "device_record", lambda device: record)
+    monkeypatch.setattr(importlib.import_module("flexmla.plan"), "device_record", lambda device: record)
     names = [contender.name for contender in searched(CASE, torch.device("cuda"))]
     assert len(names) == len(set(names)) > 5
     planned = tile(CASE.shape, CASE.batch, CASE.max_len, 132)
     assert planned is not None
     assert search.PREFIX + search.tile_name(planned) in names
+
+
+def test_what_another_backend_decodes_has_no_tiles():
+    assert searched(CASE, torch.device("cpu")) == []
 
 
 @pytest.mark.gpu

@@ -229,6 +229,24 @@ def test_ranks_and_widths_are_ints(options, message):
         convert_attention(make(4, 2), **({"rank": 6, "d_pe": 4} | options))
 
 
+def test_statistics_of_something_else_are_refused():
+    weights = make(4, 2)
+    with pytest.raises(TypeError, match="stats is str, expected ActivationStats"):
+        convert_attention(weights, rank=6, d_pe=4, stats="x")
+    with pytest.raises(ValueError, match="stats are of a layer with other sizes"):
+        convert_attention(weights, rank=6, d_pe=4, stats=stats_of(make(4, 1)))
+
+
+def test_values_that_are_not_finite_are_refused():
+    weights = make(4, 2)
+    broken = replace(weights, k_proj=weights.k_proj.clone().fill_diagonal_(torch.inf))
+    with pytest.raises(ValueError, match="k_proj holds values that are not finite"):
+        convert_attention(broken, rank=6, d_pe=4)
+    large = replace(make(4, 2, dtype=torch.float16), v_proj=torch.full((16, HIDDEN), 6e4).half())
+    with pytest.raises(ValueError, match=r"up_v does not fit torch.float16; convert in float32 or bfloat16"):
+        convert_attention(large, rank=6, d_pe=4)
+
+
 def test_check_options_tells_the_ranks():
     weights = make(4, 2)
     assert check_options(weights, rank=6, d_pe=4) == (6, 6)
@@ -252,6 +270,7 @@ def test_check_options_tells_the_ranks():
         ({"k_proj": torch.ones(24, HIDDEN)}, ValueError, r"k_proj has shape \[24, 40\], expected \[16, 40\]"),
         ({"v_proj": torch.ones(16, 41)}, ValueError, r"v_proj has shape \[16, 41\], expected \[16, 40\]"),
         ({"v_proj": torch.ones(16, HIDDEN).half()}, TypeError, "v_proj is torch.float16, but q_proj is torch.float64"),
+        ({"q_bias": "x"}, TypeError, "q_bias is str, expected a tensor"),
         ({"q_bias": torch.ones(16)}, ValueError, r"q_bias has shape \[16\], expected \[32\]"),
         ({"k_bias": torch.ones(32)}, ValueError, r"k_bias has shape \[32\], expected \[16\]"),
         ({"v_bias": torch.ones(16, device="meta").double()}, ValueError, "v_bias is on meta, but q_proj is on cpu"),

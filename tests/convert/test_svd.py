@@ -44,10 +44,33 @@ def test_whitened_truncation_is_the_best_on_the_activations(matrix, activations)
     assert torch.linalg.matrix_norm(activations @ (matrix - plain_up @ plain_down).T) > 1.5 * error
 
 
-def test_whitened_latent_has_unit_covariance(matrix, activations):
+def test_whitened_latents_are_uncorrelated_and_both_factors_alike(matrix, activations):
     covariance = activations.T @ activations / len(activations)
-    _, down = low_rank(matrix, 5, whitening_factor(covariance, eps=0.0))
-    torch.testing.assert_close(down @ covariance @ down.T, torch.eye(5, dtype=torch.float64))
+    up, down = low_rank(matrix, 5, whitening_factor(covariance, eps=0.0))
+    variances = down @ covariance @ down.T
+    torch.testing.assert_close(variances, variances.diagonal().diag())
+    halvings = variances.diagonal().log2() / 2
+    torch.testing.assert_close(halvings, halvings.round())  # unit variance, times powers of two
+    ratio = up.norm(dim=0) / down.norm(dim=1)
+    assert bool(((ratio >= 0.5) & (ratio <= 2)).all())
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.005, 1.0])
+def test_whitened_factors_keep_their_precision_in_half(std):
+    """Of few and small activations the inverse of the whitening is huge, and what it is multiplied with tiny."""
+    generator = torch.Generator().manual_seed(3)
+    activations = std * torch.randn(40, 64, dtype=torch.float64, generator=generator)
+    matrix = torch.randn(48, 64, dtype=torch.float64, generator=generator) / 8
+    up, down = (x.half().double() for x in low_rank(matrix, 48, whitening_factor(activations.T @ activations / 40)))
+    assert torch.linalg.matrix_norm(up @ down - matrix) < 2e-3 * torch.linalg.matrix_norm(matrix)
+
+
+def test_what_is_no_finite_matrix_is_refused(matrix):
+    with pytest.raises(ValueError, match=r"matrix has shape \[2, 3, 4\], expected \[out, hidden\]"):
+        low_rank(torch.ones(2, 3, 4), 1)
+    matrix[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="matrix holds values that are not finite"):
+        low_rank(matrix, 5)
 
 
 def test_whitening_factor_adds_a_ridge_to_a_singular_covariance():

@@ -49,6 +49,18 @@ def test_full_rank_equals_the_unconverted_weights_with_partial_rope(fresh, origi
     assert (expected - logits(model, ids)).abs().max() > 0.1, "RoPE matters here, or this test shows nothing"
 
 
+@pytest.mark.parametrize(("d_pe", "rank"), [(0, 96), (8, 72), (16, 48)])
+def test_a_rotary_embedding_with_a_gain(make_model, ids, d_pe, rank):
+    """YaRN multiplies cos and sin, and with them all scores; at position 0 nothing else is lost with the rotation."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    model = make_model(rope_scaling=yarn)
+    assert model.model.rotary_emb.attention_scaling > 1.1
+    start = torch.zeros_like(ids)
+    expected = logits(model, ids, position_ids=start)
+    patch_model(model, rank=rank, d_pe=d_pe)
+    torch.testing.assert_close(logits(model, ids, position_ids=start), expected, rtol=0, atol=2e-4)
+
+
 def test_calibration_decides_dimensions_and_factors(fresh, ids):
     steps = []
     texts = [ids, ids[0, :7], ids[:1, 3:]]

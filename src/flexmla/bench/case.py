@@ -71,7 +71,7 @@ class Case:
     @classmethod
     def ragged(cls, suite: str, shape: MLAShape, lens: Sequence[int], *, page_size: int = 0, **options: Any) -> Case:
         """A case whose rows have these lengths, in a cache with just room for the longest."""
-        longest = max(lens, default=0)
+        longest = max((1, *lens))  # of lengths that are all 0 the case itself says so
         max_len = -(-longest // page_size) * page_size if page_size > 0 else longest
         return cls(suite, shape, len(lens), max_len, page_size=page_size, lens=tuple(lens), **options)
 

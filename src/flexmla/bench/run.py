@@ -195,14 +195,14 @@ def run(
         console: where to print.
         overhead: what to measure the host's time of an eager call with, after the cases.
         cold: what to measure the first call of a new process with, last.
-        search: whether to time every other tile that a plan chooses from, instead of peers; one that is much faster
-            than the plan's is a miss.
+        search: whether to time the other tiles of `tiling.choices` instead of peers; one that is much faster than the
+            plan's is a miss.
         base: another checkout, whose code measures the same cases afterwards; its rows go to `json_path` too.
         base_arguments: what asks its bench command for these cases.
 
     Raises:
         ValueError: without a CUDA device, for a dtype other than float16 and bfloat16, for rows without a commit, for a
-            plot or a base without cases, and for a base that is no checkout.
+            plot, a search or a base without cases, for a search with a base, and for a base that is no checkout.
         ImportError: without Triton; for a plot, without matplotlib.
     """
     if cases and device.type != "cuda":
@@ -214,9 +214,13 @@ def run(
         if not cases:
             raise ValueError("a plot needs suites or a shape, got none")
         figure_class()  # a missing package is told before anything is measured
+    if search and not cases:
+        raise ValueError("a search needs suites or a shape, got none")
     if base is not None:
         if not cases:
             raise ValueError("a base needs suites or a shape, got none")
+        if search:
+            raise ValueError("bench takes a base or a search, got both")
         base_commit = checkout_commit(base_source(base) / "flexmla") or "base"
     commit = commit or checkout_commit(Path(flexmla.__file__).parent)
     if commit is None and json_path is not None:

@@ -1,4 +1,4 @@
-"""Whether the plan's tile is the best: every other one that it chooses from, timed beside it."""
+"""Whether the plan's tile is the best: the others that there are, timed beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexmla.tiling import Tiling, choices
 
 from .case import Case
 from .inputs import LatentInputs
-from .peers import Contender
+from .peers import Contender, flexmla_contender
 from .report import Measured
 
 SLACK = 0.1  # that the best may be faster than the plan's
@@ -23,7 +23,9 @@ PREFIX = "flexmla-tile-"
 
 
 def searched(case: Case, device: torch.device) -> list[Contender]:
-    """The case's kernels with every tile of `tiling.choices`."""
+    """The case's kernels with every tile of `tiling.choices`; none where another backend decodes it."""
+    if flexmla_contender(case, device).name != "flexmla":
+        return []
     sm_count = device_record(device).sm_count
     tilings = choices(case.shape, case.batch, case.max_len, sm_count, case.q_len, case.scoring)
     return [_with_tile(tiling) for tiling in tilings]

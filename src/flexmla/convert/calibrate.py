@@ -40,6 +40,11 @@ class ActivationStats:
         self._k_norms += _pair_norms(F.linear(x, w.k_proj, w.k_bias), w.n_kv_heads)
         self.n_tokens += x.shape[0]
 
+    def fits(self, weights: AttentionWeights) -> bool:
+        """Whether they are of a layer of this size."""
+        sizes = ("hidden", "n_heads", "n_kv_heads", "head_dim")
+        return all(getattr(self._weights, size) == getattr(weights, size) for size in sizes)
+
     @property
     def covariance(self) -> Tensor:
         """`X^T X / n`, float64 `[hidden, hidden]`."""

@@ -48,8 +48,17 @@ def convert_attention(
         The converted layer in the dtype and on the device of the weights; the factorisation itself runs in float64.
 
     Raises:
-        ValueError: rank, d_pe, rope_dims or svd outside what is accepted, or stats missing where they are needed.
+        TypeError: stats that are no ActivationStats.
+        ValueError: rank, d_pe, rope_dims or svd outside what is accepted, stats missing where they are needed or of
+            another layer, weights that are not finite, or factors that the weights' dtype cannot hold.
     """
+    if stats is not None and not isinstance(stats, ActivationStats):
+        raise TypeError(f"stats is {type(stats).__name__}, expected ActivationStats")
+    if stats is not None and not stats.fits(weights):
+        raise ValueError("stats are of a layer with other sizes; gather them with the weights that are converted")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        if not bool(getattr(weights, name).isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite")
     rank_k, rank_v = check_options(weights, rank=rank, d_pe=d_pe, svd=svd)
     whiten = stats is not None if whiten is None else whiten
     if whiten and stats is None:
@@ -91,7 +100,12 @@ def convert_attention(
         k_rope_bias=None if bias_k is None else bias_k.view(groups, head_dim).gather(1, rope).flatten(),
         v_bias=None if bias_v is None else bias_v.view(groups, head_dim).clone(),
     )
-    return converted.to(dtype=weights.q_proj.dtype)
+    converted = converted.to(dtype=weights.q_proj.dtype)
+    for name in ("down_k", "down_v", "up_k", "up_v"):
+        factor = getattr(converted, name)
+        if factor is not None and not bool(factor.isfinite().all()):
+            raise ValueError(f"{name} does not fit {weights.q_proj.dtype}; convert in float32 or bfloat16")
+    return converted
 
 
 def check_options(

@@ -36,12 +36,14 @@ def rope_index(
         rotate-half on the kept dimensions pairs them as before.
 
     Raises:
-        ValueError: an unknown choice, an odd or too large d_pe, or missing or misshapen pair_scores.
+        ValueError: an unknown choice, an odd or too large d_pe, an odd head_dim, or missing or misshapen pair_scores.
     """
     if choice not in get_args(RopeChoice):
         raise ValueError(f"rope_dims is {choice!r}, expected one of {', '.join(get_args(RopeChoice))}")
     if d_pe % 2 or not 0 <= d_pe <= head_dim:
         raise ValueError(f"d_pe is {d_pe}, expected an even number from 0 to head_dim {head_dim}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, expected an even number")
     n_pairs, kept = head_dim // 2, d_pe // 2
     if choice == "2-norm":
         if pair_scores is None:

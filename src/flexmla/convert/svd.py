@@ -35,7 +35,9 @@ def low_rank(matrix: Tensor, rank: int, whitening: Tensor | None = None) -> tupl
     Plain: the truncated SVD `J = U diag(s) V^T` minimises `|J - up down|` in the Frobenius norm. With a whitening
     factor `S` (`S S^T = X^T X / n`) the SVD is taken of `J S` and undone by `S^-1`, which minimises the error of the
     *outputs* on the calibration activations, `|X (J - up down)^T|` (as SVD-LLM, https://arxiv.org/abs/2403.07378). In
-    both cases `up = U diag(s)` and `down = V^T S^-1`; the whitened latent `down x` then has unit covariance.
+    both cases `up = U diag(s)` and `down = V^T S^-1`. Whitened latents `down x` would have unit covariance; they are
+    scaled by powers of two, so that a row of `down` is about as long as its column of `up`, and neither leaves the
+    range of float16 where activations are small or few.
 
     Args:
         matrix: `J`, `[out, hidden]`.
@@ -46,8 +48,13 @@ def low_rank(matrix: Tensor, rank: int, whitening: Tensor | None = None) -> tupl
         `up [out, rank]` and `down [rank, hidden]`, both float64.
 
     Raises:
-        ValueError: a rank outside its range, or a whitening factor of another size.
+        ValueError: no matrix, values that are not finite, a rank outside its range, or a whitening factor of another
+            size.
     """
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix has shape {list(matrix.shape)}, expected [out, hidden]")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("matrix holds values that are not finite")
     n_out, hidden = matrix.shape
     if not 1 <= rank <= min(n_out, hidden):
         raise ValueError(
@@ -62,4 +69,7 @@ def low_rank(matrix: Tensor, rank: int, whitening: Tensor | None = None) -> tupl
     up, down = u[:, :rank] * s[:rank], vh[:rank]
     if whitening is not None:
         down = torch.linalg.solve_triangular(whitening.double(), down, upper=False, left=False)
+        least = torch.finfo(torch.float64).tiny
+        balance = (up.norm(dim=0).clamp(min=least) / down.norm(dim=1).clamp(min=least)).log2().div(2).round().exp2()
+        up, down = up / balance, down * balance[:, None]
     return up.contiguous(), down.contiguous()

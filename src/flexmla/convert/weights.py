@@ -14,6 +14,8 @@ from ..shape import MLAShape
 def _require(tensor: Tensor | None, name: str, shape: tuple[int, ...], like: Tensor) -> None:
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.dtype != like.dtype:

@@ -32,6 +32,8 @@ class MLAAttention(nn.Module):
         layer_idx: the layer's place in the cache.
         mask_reader: shared by the layers of one model.
         backend: of `flexmla.mla_decode`.
+        rope_gain: what the model's rotary embedding multiplies cos and sin with (`attention_scaling`, other than 1 for
+            YaRN): all scores of the original model carry its square.
 
     Attributes:
         decode_mode: `absorbed`, or `decompressed` to expand the cached latents in every step (for comparison).
@@ -49,6 +51,7 @@ class MLAAttention(nn.Module):
         layer_idx: int,
         mask_reader: MaskReader,
         backend: str = "auto",
+        rope_gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -71,7 +74,8 @@ class MLAAttention(nn.Module):
             torch.cat([*down, weights.k_rope_proj]),
             None if bias is None else torch.cat([bias.new_zeros(self.latent_width), bias]),
         )
-        self.up_k = nn.Parameter(weights.up_k, requires_grad=False)
+        # the rotary part gets the gain with cos and sin; what is not rotated any more gets it here
+        self.up_k = nn.Parameter(weights.up_k * rope_gain**2, requires_grad=False)
         self.up_v = nn.Parameter(weights.up_v, requires_grad=False)
         self.register_parameter(
             "v_bias", None if weights.v_bias is None else nn.Parameter(weights.v_bias, requires_grad=False)

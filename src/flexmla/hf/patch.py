@@ -88,10 +88,12 @@ def patch_model(
             )
 
     reader = MaskReader()
+    rotary = getattr(getattr(model, "model", model), "rotary_emb", None)
+    rope_gain = float(getattr(rotary, "attention_scaling", 1.0))
     for i, (layer, converted) in enumerate(zip(layers, weights, strict=True)):
         original = layer.self_attn
         converted = converted.to(device=original.q_proj.weight.device, dtype=original.q_proj.weight.dtype)
-        layer.self_attn = MLAAttention(original.config, converted, original.o_proj, i, reader, backend)
+        layer.self_attn = MLAAttention(original.config, converted, original.o_proj, i, reader, backend, rope_gain)
     model.set_attn_implementation("sdpa")
     return model
 

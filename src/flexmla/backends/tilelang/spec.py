@@ -35,7 +35,7 @@ class Spec(NamedTuple):
         k, v, out, rope: columns of a CTA's tiles of latents, separate values (0 without them), outputs and rotary keys
             (0 without them), padded.
         scales: multipliers of a token that a CTA's heads use.
-        streams: whether L2 is told not to keep what was loaded: no other CTA reads it.
+        streams: whether L2 is told not to keep what was loaded: no other CTA reads it, unless rows share pages.
     """
 
     n_heads: int
