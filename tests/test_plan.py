@@ -145,12 +145,14 @@ def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, ba
     ("shape", "family", "block_h"),
     [
         (MLAShape(32, 1, 512, 16), "few_heads", 16),  # two groups with three stages, not one with two
-        (MLAShape(32, 1, 512, 64), "few_heads", 32),  # two groups would not have three stages either
-        (MLAShape(32, 1, 256, 16), "few_heads", 32),  # one group has four
+        (MLAShape(32, 1, 512, 64), "few_heads", 16),  # two groups have no third stage, but smaller products
+        (MLAShape(32, 1, 256, 16), "few_heads", 16),
+        (MLAShape(40, 1, 256, 32), "few_heads", 40),  # two of 20 are padded to 64
+        (MLAShape(24, 1, 96, 64), "few_heads", 24),  # a small latent is not worth reading twice
         (MLAShape(24, 24, 128, 16), "few_heads", 12),
         (MLAShape(32, 32, 512, 16), "few_heads", 16),  # groups of 16 where all keys side by side leave one stage
         (MLAShape(16, 1, 512, 64), "few_heads", 16),
-        (MLAShape(64, 1, 512, 64), "many_heads", 64),
+        (MLAShape(64, 1, 512, 64), "few_heads", 32),
         (MLAShape(128, 1, 512, 64), "many_heads", 64),
         (MLAShape(96, 1, 512, 0), "many_heads", 48),
         (MLAShape(64, 64, 512, 16), "few_heads", 16),
@@ -200,10 +202,23 @@ def test_wide_latents_are_shared_out_over_a_cluster(dv: int, v_width: int | None
 
 
 def test_small_latents_share_an_sm() -> None:
-    tiling = tile(MLAShape(16, 1, 128, 16), 64, 8192, 132)
+    tiling = tile(MLAShape(9, 3, 24, 8), 64, 8192, 132)
     assert tiling is not None
-    assert tiling.ctas_per_sm > 1
-    assert tiling.workers == 132 * tiling.ctas_per_sm
+    assert (tiling.ctas_per_sm, tiling.stages, tiling.workers) == (3, 4, 396)
+    few = tile(MLAShape(9, 3, 24, 8), 8, 2048, 132)  # the same kernel, but no CTA for a tile or two beside another
+    assert few is not None
+    assert (few.ctas_per_sm, few.workers) == (3, 132)
+    wider = tile(MLAShape(15, 5, 40, 8), 64, 8192, 132)
+    assert wider is not None
+    assert wider.ctas_per_sm == 1
+
+
+def test_small_tokens_use_all_sms_and_large_ones_leave_rows_whole() -> None:
+    small, large = (tile(MLAShape(16, 1, dv, 16), 64, 8192, 132) for dv in (128, 512))
+    assert small is not None
+    assert large is not None
+    assert small.workers == 132
+    assert 8192 % -(-8192 // large.workers) == 0
 
 
 @pytest.mark.parametrize("model", model_shapes(), ids=lambda model: model.name)

@@ -26,6 +26,11 @@ CLUSTERED = (1.0, 1.0, 0.89, 0.91, 0.835, 0.775, 0.8, 0.91)
 MAX_STAGES = 4
 GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
+# By `flexmla bench --search models` on an H100: how many bytes a CTA loads of a token decides what suits it.
+SHARED_SM_UP_TO = 144  # CTAs share an SM
+CUT_ROWS_UP_TO = 512  # work on all SMs is worth cutting full rows
+HALVES_FROM = 256  # columns of a latent from which two groups of heads, a token's rotary keys apart, beat one
+LEAST_SHARE = 8  # tiles of a CTA that shares an SM
 FAMILIES = ("few_heads", "many_heads")
 
 
@@ -144,14 +149,23 @@ def _registers(shape: MLAShape, family: str, block_q: int, block_n: int, parts: 
     return (queries * width + 2 * queries * block_n) // 128
 
 
-def _workers(most: int, batch: int, row_tiles: int) -> int:
+def _token_bytes(shape: MLAShape, block_h: int) -> int:
+    """What a group of heads loads of a token, at most."""
+    keys = keys_per_group(shape.n_heads, shape.n_rope_heads, block_h) if shape.d_pe else 0
+    return 2 * (shape.dv + (shape.v_width or 0) + keys * shape.d_pe)
+
+
+def _workers(most: int, ctas: int, batch: int, row_tiles: int, token_bytes: int) -> int:
     """CTAs a head group: at most one a tile, and so many that full rows are not cut where that idles few SMs.
 
     Memory-bound work loses nothing by a few idle SMs, while a worker that ends one row and begins another stops loading
-    for the time of an epilogue, and each cut adds a partial state.
+    for the time of an epilogue, and each cut adds a partial state. Small tokens gain more from the SMs. Short shares
+    are not worth a CTA beside another on an SM.
     """
     tiles = max(1, batch * row_tiles)
-    most = max(1, min(most, tiles))
+    most = max(1, min(most, tiles, max(most // ctas, tiles // LEAST_SHARE)))
+    if token_bytes <= CUT_ROWS_UP_TO:
+        return most
     for workers in range(most, int(most * LEAST_BUSY), -1):
         chunk = -(-tiles // workers)
         if row_tiles % chunk == 0 or chunk % max(1, row_tiles) == 0:
@@ -176,6 +190,8 @@ def _tilings(
         candidates = list(_candidates(shape, q_len, parts, scoring))
         for least_stages, (family, block_h) in itertools.product((2, 1), candidates):
             for ctas in _ctas_per_sm(family, parts):
+                if ctas > 1 and _token_bytes(shape, block_h) > SHARED_SM_UP_TO:
+                    continue
                 # CTAs that share an SM hide each other's latencies, but not too few tiles in flight
                 wanted = MAX_STAGES if ctas > 1 else least_stages
                 fitting = _fitting(shape, sm_count, batch, max_len, q_len, scoring, family, block_h, ctas, parts)
@@ -248,7 +264,8 @@ def _fitting(
     for stages in range(MAX_STAGES, 0, -1):
         if shared_memory(shape, family, block_h, BLOCK_N, stages, q_len, parts, scoring) <= limit:
             kind = Tiling(family, block_h, BLOCK_N, stages, ctas, parts, 1, 0, 0)
-            workers = _workers(_most_workers(shape, sm_count, kind), batch, -(-max_len // BLOCK_N))
+            most, row_tiles = _most_workers(shape, sm_count, kind), -(-max_len // BLOCK_N)
+            workers = _workers(most, ctas, batch, row_tiles, _token_bytes(shape, block_h))
             ways, merge_parts = _merge(shape, batch, q_len, workers, sm_count)
             yield replace(kind, workers=workers, log_merge_ways=ways, log_merge_parts=merge_parts)
 
@@ -293,9 +310,15 @@ def tile(
         return _tilings(shape, sm_count, batch, max_len, q_len, scoring)
 
     best = next(tilings(), None)
-    whole, halves = (("few_heads", -(-shape.n_heads // groups)) for groups in (1, 2))
-    if best is None or once or best.parts > 1 or (best.family, best.block_h) != whole or best.stages >= GOOD_STAGES:
+    if best is None or once or best.parts > 1 or best.block_h < shape.n_heads:
         return best
-    # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; more are not.
+    # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; so are, of wide
+    # latents, smaller products where they are no more together. More groups are not.
+    half = -(-shape.n_heads // 2)
+    padded = padded_queries(best.family, shape.n_heads)
+    smaller = q_len == 1 and shape.dv >= HALVES_FROM and 2 * padded_queries("few_heads", half) <= padded
+    more_tiles = best.family == "few_heads" and best.stages < GOOD_STAGES
+    least_stages = 2 if smaller else GOOD_STAGES if more_tiles else MAX_STAGES + 1
     alone = itertools.takewhile(lambda t: t.parts == 1, tilings())
-    return next((t for t in alone if (t.family, t.block_h) == halves and t.stages >= GOOD_STAGES), best)
+    halves = (t for t in alone if (t.family, t.block_h) == ("few_heads", half) and t.ctas_per_sm == 1)
+    return next((t for t in halves if t.stages >= least_stages), best)

@@ -55,8 +55,8 @@ IDS = [
 ]
 
 
-def planned(shape: MLAShape, q_len: int = 1, scoring: Scoring = PLAIN) -> Tiling:
-    tiling = tile(shape, 64, 8192, 132, q_len, scoring=scoring)
+def planned(shape: MLAShape, q_len: int = 1, scoring: Scoring = PLAIN, loader: str = "contiguous") -> Tiling:
+    tiling = tile(shape, 64, 8192, 132, q_len, loader == "gather", scoring)
     assert tiling is not None
     return tiling
 
@@ -67,7 +67,7 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
 ) -> None:
     from flexmla.backends.tilelang.compile import lower_source, missing_compilers
 
-    tiling = planned(shape, q_len, scoring)
+    tiling = planned(shape, q_len, scoring, loader)
     source, attributes = lower_source(Specialisation(shape, dtype, q_len, loader, scoring), tiling)
     assert "mma_sync" not in source
     wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
@@ -117,7 +117,7 @@ def test_gathering_warps_stop_at_the_last_chunk(
     """By a guard and loops of fixed length: bounds that depend on the warp were compiled to one round too many."""
     from flexmla.backends.tilelang.compile import lower_source
 
-    source, _ = lower_source(Specialisation(shape, torch.float16, 1, loader), planned(shape))
+    source, _ = lower_source(Specialisation(shape, torch.float16, 1, loader), planned(shape, loader=loader))
     gathering = source[source.index("int my_page") : source.index("full[((int64_t)stage_1)].arrive()")]
     assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
     guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
