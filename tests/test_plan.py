@@ -146,9 +146,10 @@ def test_grid_is_at_most_one_wave_and_one_worker_a_tile(device: DeviceRecord, ba
     [
         (MLAShape(32, 1, 512, 16), "few_heads", 16),  # two groups with three stages, not one with two
         (MLAShape(32, 1, 512, 64), "few_heads", 16),  # two groups have no third stage, but smaller products
-        (MLAShape(32, 1, 256, 16), "few_heads", 16),
+        (MLAShape(32, 1, 256, 64), "few_heads", 16),
+        (MLAShape(32, 1, 256, 16), "few_heads", 32),  # a smaller token is not worth reading twice
         (MLAShape(40, 1, 256, 32), "few_heads", 40),  # two of 20 are padded to 64
-        (MLAShape(24, 1, 96, 64), "few_heads", 24),  # a small latent is not worth reading twice
+        (MLAShape(24, 1, 96, 64), "few_heads", 24),
         (MLAShape(24, 24, 128, 16), "few_heads", 12),
         (MLAShape(32, 32, 512, 16), "few_heads", 16),  # groups of 16 where all keys side by side leave one stage
         (MLAShape(16, 1, 512, 64), "few_heads", 16),

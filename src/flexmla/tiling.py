@@ -29,7 +29,7 @@ MAX_CTAS_PER_SM = 3
 # By `flexmla bench --search models` on an H100: how many bytes a CTA loads of a token decides what suits it.
 SHARED_SM_UP_TO = 144  # CTAs share an SM
 CUT_ROWS_UP_TO = 512  # work on all SMs is worth cutting full rows
-HALVES_FROM = 256  # columns of a latent from which two groups of heads, a token's rotary keys apart, beat one
+HALVES_FROM = 600  # two groups of heads, where their products are smaller, beat one
 LEAST_SHARE = 8  # tiles of a CTA that shares an SM
 FAMILIES = ("few_heads", "many_heads")
 
@@ -312,11 +312,13 @@ def tile(
     best = next(tilings(), None)
     if best is None or once or best.parts > 1 or best.block_h < shape.n_heads:
         return best
-    # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; so are, of wide
-    # latents, smaller products where they are no more together. More groups are not.
+    # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; so are, for
+    # large tokens, smaller products where they are no more together. More groups are not.
     half = -(-shape.n_heads // 2)
     padded = padded_queries(best.family, shape.n_heads)
-    smaller = q_len == 1 and shape.dv >= HALVES_FROM and 2 * padded_queries("few_heads", half) <= padded
+    smaller = (
+        q_len == 1 and _token_bytes(shape, half) >= HALVES_FROM and 2 * padded_queries("few_heads", half) <= padded
+    )
     more_tiles = best.family == "few_heads" and best.stages < GOOD_STAGES
     least_stages = 2 if smaller else GOOD_STAGES if more_tiles else MAX_STAGES + 1
     alone = itertools.takewhile(lambda t: t.parts == 1, tilings())
