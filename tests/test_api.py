@@ -361,6 +361,9 @@ def test_a_plan_for_another_backend_than_the_named_one():
 def test_tilelang_needs_its_gpu():
     with pytest.raises(NotImplementedError, match=r"backend 'tilelang' .*9\.0.*backend='torch' takes it"):
         decode(call(backend="tilelang"))
+    empty = {name: x[:0] for name, x in call().items() if isinstance(x, torch.Tensor) and x.dim() > 0}
+    with pytest.raises(NotImplementedError, match="backend 'tilelang'"):
+        decode({**call(backend="tilelang"), **empty})
 
 
 def test_public_names():

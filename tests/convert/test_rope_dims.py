@@ -54,6 +54,7 @@ def test_nope_index_is_the_complement():
         ({"choice": "middle"}, "rope_dims is 'middle', expected one of high, low, uniform, 2-norm"),
         ({"d_pe": 3}, "d_pe is 3, expected an even number from 0 to head_dim 8"),
         ({"d_pe": 10}, "d_pe is 10, expected an even number"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
         ({"d_pe": -2}, "d_pe is -2, expected an even number"),
         ({"choice": "2-norm"}, "'2-norm' needs calibration activations"),
         ({"choice": "2-norm", "pair_scores": torch.ones(2, 3)}, r"pair_scores has shape \[2, 3\], expected \[2, 4\]"),

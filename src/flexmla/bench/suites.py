@@ -36,8 +36,8 @@ def _per_head() -> list[Case]:
 
 
 def _deepseek() -> list[Case]:
-    """DeepSeek-V3's layer whole and split over 2, 8 and 16 ranks."""
-    long = _cases("deepseek", [MLAShape(h, 1, 512, 64) for h in (8, 16, 64, 128)], [(64, 8192)])
+    """DeepSeek-V3's layer whole and split over 2, 8 and 16 ranks, and head counts between them."""
+    long = _cases("deepseek", [MLAShape(h, 1, 512, 64) for h in (8, 16, 24, 40, 48, 64, 128)], [(64, 8192)])
     short = _cases("deepseek", [MLAShape(16, 1, 512, 64)], [(128, 1024)])
     return long + short + _cases("deepseek", [MLAShape(128, 1, 512, 64)], [(64, 4096), (128, 4096)])
 
