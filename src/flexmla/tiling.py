@@ -219,8 +219,7 @@ def choices(
     most = []
     for tiling in found:
         workers = max(1, min(_most_workers(shape, sm_count, tiling), batch * -(-max_len // BLOCK_N)))
-        ways, merge_parts = _merge(shape, batch, q_len, workers, sm_count)
-        most.append(replace(tiling, workers=workers, log_merge_ways=ways, log_merge_parts=merge_parts))
+        most.append(_with_grid(tiling, workers, shape, batch, q_len, sm_count))
     return list(dict.fromkeys(found + most))
 
 
@@ -242,6 +241,12 @@ def _most_workers(shape: MLAShape, sm_count: int, tiling: Tiling) -> int:
     """Workers whose CTAs are all there at once."""
     clusters = int(sm_count * CLUSTERED[tiling.parts - 1]) // tiling.parts * tiling.ctas_per_sm
     return clusters // _groups(shape, tiling.block_h)
+
+
+def _with_grid(tiling: Tiling, workers: int, shape: MLAShape, batch: int, q_len: int, sm_count: int) -> Tiling:
+    """The tiling with a number of workers, and the merge that suits it."""
+    ways, parts = _merge(shape, batch, q_len, workers, sm_count)
+    return replace(tiling, workers=workers, log_merge_ways=ways, log_merge_parts=parts)
 
 
 def _fitting(
@@ -266,8 +271,7 @@ def _fitting(
             kind = Tiling(family, block_h, BLOCK_N, stages, ctas, parts, 1, 0, 0)
             most, row_tiles = _most_workers(shape, sm_count, kind), -(-max_len // BLOCK_N)
             workers = _workers(most, ctas, batch, row_tiles, _token_bytes(shape, block_h))
-            ways, merge_parts = _merge(shape, batch, q_len, workers, sm_count)
-            yield replace(kind, workers=workers, log_merge_ways=ways, log_merge_parts=merge_parts)
+            yield _with_grid(kind, workers, shape, batch, q_len, sm_count)
 
 
 def _candidates(shape: MLAShape, q_len: int, parts: int, scoring: Scoring) -> Iterator[tuple[str, int]]:

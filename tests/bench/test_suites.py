@@ -101,6 +101,8 @@ def test_ragged_cases_count_what_is_visible_and_hold_what_is_there():
     per_row = 3 * 8 * (64 + 16 + 64) * 2
     assert paged.n_bytes == 116 * 160 + per_row
     assert paged.held_bytes == 128 * 160 + per_row
+    with pytest.raises(ValueError, match="lens must hold a visible token, got only 0"):
+        Case.ragged("ragged", shape, [0, 0])
     contiguous = Case.ragged("ragged", shape, [100, 0, 16])
     assert (contiguous.max_len, contiguous.slots) == (100, (3, 100))
     assert contiguous.held_bytes == 300 * 160 + per_row

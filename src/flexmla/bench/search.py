@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from flexmla import ops
 from flexmla.plan import device_record
 from flexmla.tiling import Tiling, choices
 
@@ -36,8 +37,7 @@ def _with_tile(tiling: Tiling) -> Contender:
 
     def decode(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
         case, q = inputs.case, inputs.q_nope
-        out = q.new_empty((case.batch, case.q_len, case.shape.n_heads, case.shape.out_width))
-        lse = q.new_empty((case.batch, case.shape.n_heads, case.q_len), dtype=torch.float32)
+        out, lse = ops.results(q, case.shape.out_width)
         caches = inputs.ckv, inputs.kpe, inputs.seq_lens, inputs.block_table, None, None, inputs.score_scale
         options = inputs.softmax_scale, case.softcap, True
         backend.decode(q, inputs.q_pe, *caches, *options, tiling.ints(), out, lse)
