@@ -88,6 +88,11 @@ def rope_tile_width(shape: MLAShape, block_h: int, parts: int = 1) -> int:
     return -(-width // step) * step
 
 
+def overlaid(family: str, rope_width: int) -> bool:
+    """Whether probabilities of `many_heads` fit where a tile's rotary keys were, which nobody needs any more."""
+    return family == "many_heads" and rope_width >= BLOCK_N
+
+
 def padded_queries(family: str, block_q: int) -> int:
     """Rows of the tile of `block_q` queries: an MMA's N (multiples of 16) or M (64)."""
     return 64 if family == "many_heads" else -(-block_q // 16) * 16
@@ -106,7 +111,7 @@ def threads_per_cta(family: str, loaders: int = 1) -> int:
 def registers_per_thread(family: str, ctas_per_sm: int) -> int:
     """What the compiler may use: an SM's four partitions have 512 registers a lane for the warps they hold."""
     warps = -(-ctas_per_sm * threads_per_cta(family) // 128)
-    return 216 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
+    return 232 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
 
 
 def shared_memory(
@@ -121,7 +126,8 @@ def shared_memory(
 ) -> int:
     """Bytes of shared memory a CTA needs."""
     queries = padded_queries(family, block_h * q_len)
-    row = 2 * (part_width(shape.dv, parts) + (rope_tile_width(shape, block_h, parts) if shape.d_pe else 0))
+    rope = rope_tile_width(shape, block_h, parts) if shape.d_pe else 0
+    row = 2 * (part_width(shape.dv, parts) + rope)
     total = (stages * block_n + queries) * row + BARRIER_BYTES
     if shape.v_width is not None:  # the output no longer passes through the query tile
         total += 2 * (stages * block_n + queries) * part_width(shape.v_width, parts)
@@ -130,6 +136,8 @@ def shared_memory(
         total += -(-scales // ALIGNMENT) * ALIGNMENT
     if family == "few_heads":
         total += 2 * block_n * queries + 2 * 4 * 4 * queries  # probabilities; maxima and sums, a row a warp
+    else:  # the same of two warpgroups
+        total += 2 * 2 * 4 * queries + (0 if overlaid(family, rope) else 2 * 2 * block_n * queries)
     if parts > 1:
         total += 2 * (parts - 1) * 4 * block_n * queries  # the other parts' scores of this tile and the next
     return total

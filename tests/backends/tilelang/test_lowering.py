@@ -71,16 +71,18 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     source, attributes = lower_source(Specialisation(shape, dtype, q_len, loader, scoring), tiling)
     assert "mma_sync" not in source
     wgmmas = len(re.findall(r"tl::wgmma_[sr]s<", source))
-    consumers = 2 if tiling.family == "many_heads" else 1
-    assert wgmmas == consumers * (3 if shape.d_pe else 2)  # rope scores, latent scores, output
     gathered = loader in ("gather", "scalar")
+    many = tiling.family == "many_heads"
+    chunks = shape.dv // 128 if many and not gathered else 1  # of latent columns, multiplied as they come
+    # rope scores, latent scores, output; of two warpgroups, which add the other's tiles in two places
+    assert wgmmas == (2 * (bool(shape.d_pe) + chunks + 3) if many else 2 + bool(shape.d_pe))
     caches = 1 + bool(shape.d_pe) + (shape.v_width is not None)
     # one query token comes by TMA, several by cp.async, as its rotary part does into the block-sparse tile
     by_tma = 0 if gathered else caches
     # what only one CTA reads L2 need not keep
     read_once = by_tma if tiling.family == "few_heads" and tiling.block_h == shape.n_heads else 0
     assert source.count("tl::tma_load<tl::CacheHintSm90::EVICT_FIRST>(") == read_once
-    assert source.count("tl::tma_load(") == (q_len == 1) + by_tma - read_once
+    assert source.count("tl::tma_load(") == (q_len == 1) + by_tma - read_once + (chunks - 1)
     aligned = shape.d_pe > 0 and shape.d_pe % 8 == 0  # rotary queries
     copied = (q_len > 1) + aligned + (caches if loader == "gather" else 0)
     assert len(re.findall(r"tl::cp_async_gs(?:_conditional)?<", source)) == copied

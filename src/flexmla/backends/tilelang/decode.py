@@ -7,7 +7,7 @@ from ...tiling import loader_warps, threads_per_cta
 from . import few_heads, many_heads
 from .combine import combine
 from .few_heads import consume_few
-from .many_heads import consume_many
+from .many_heads import Turns, consume_many
 from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
 from .scores import ADD_PARTS, Exchange
@@ -47,8 +47,8 @@ def decode_program(wanted, tiling):
     query_arrivals = 64 if q_len > 1 or (spec.d_pe and spec.d_pe % 8 == 0) else 32
     consumers = few_heads.CONSUMERS if few else many_heads.CONSUMERS
     threads = threads_per_cta(tiling.family, loaders)
-    p_shape = (block_n, queries) if few else (1, 8)
-    warp_shape = (block_n // 16, queries) if few else (1, 8)
+    p_shape = (block_n, queries) if few else (2, queries, block_n)
+    warp_shape = (block_n // 16, queries) if few else (2, queries)
     f32, i32 = T.float32, T.int32
     batch, max_pages, n_pages, page_size, words = (
         T.dynamic(name) for name in ("batch", "max_pages", "n_pages", "page_size", "words")
@@ -81,14 +81,14 @@ def decode_program(wanted, tiling):
             ckv_sh = T.alloc_shared((stages, block_n, spec.k), dtype)
             q_rope_sh = T.alloc_shared((queries, rope_cols), dtype)
             kpe_sh = T.alloc_shared((stages, block_n, rope_cols), dtype)
-            p_sh = T.alloc_shared(p_shape, dtype)
+            p_sh = kpe_sh if spec.overlaid else T.alloc_shared(p_shape, dtype)
             max_sh = T.alloc_shared(warp_shape, f32)
             sum_sh = T.alloc_shared(warp_shape, f32)
             v_sh = T.alloc_shared((stages, block_n, spec.v), dtype) if spec.v > 0 else None
             out_sh = T.alloc_shared((queries, spec.v), dtype) if spec.v > 0 else q_sh
             scale_sh = T.alloc_shared((stages, block_n, spec.scales), f32) if spec.scales > 0 else None
-            full = T.alloc_barrier([arrivals] * stages)
-            empty = T.alloc_barrier([consumers] * stages)
+            full = T.alloc_barrier([arrivals] * (stages * spec.chunks))
+            empty = T.alloc_barrier([consumers if few else consumers // 32] * stages)
             q_full = T.alloc_barrier(query_arrivals)
             q_empty = T.alloc_barrier(consumers)
             sh = Shared(q_sh, q_rope_sh, ckv_sh, kpe_sh, v_sh, scale_sh, out_sh, full, empty, q_full, q_empty)
@@ -99,6 +99,10 @@ def decode_program(wanted, tiling):
             rows = Rows(seq_lens, starts, has_starts, batch, capacity, block_n)
             rope0 = group * spec.block_h // spec.rep * spec.d_pe + part * spec.rope
             exchange = None
+            turns = None
+            if not few:
+                ready = T.alloc_barrier([consumers // 64] * 2)
+                turns = Turns(p_sh, max_sh, sum_sh, ready)
             if parts > 1:
                 T.import_source(ADD_PARTS)
                 scores_sh = T.alloc_shared((2, parts - 1, block_n * queries), f32)
@@ -118,10 +122,12 @@ def decode_program(wanted, tiling):
                         group, part, worker, row, tile, left,
                     )  # fmt: skip
                 else:
-                    consume_many(spec, rows, sh, results, softmax_scale, causal, group, worker, row, tile, left, tx)
+                    consume_many(
+                        spec, rows, sh, turns, results, softmax_scale, causal, group, worker, row, tile, left, tx
+                    )
             else:
                 if not few:
-                    T.dec_max_nreg(many_heads.PRODUCER_REGISTERS)
+                    T.dec_max_nreg(many_heads.registers(spec)[1])
                 scale0 = group * spec.block_h * spec.scale_heads // n_heads
                 caches = Caches(
                     ckv, kpe, v, scale, block_table, log_page, paged, part * spec.k, part * spec.v, rope0, scale0

@@ -9,7 +9,8 @@ import tilelang.language as T
 
 from .schedule import row_span
 
-TOGETHER = 8  # copies of a lane that are written out side by side, so that their latencies overlap
+# Copies of a lane that are written out side by side, so that their latencies overlap; as many as registers allow.
+TOGETHER = {"few_heads": 8, "many_heads": 2}
 
 
 class Caches(NamedTuple):
@@ -48,6 +49,7 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
     rope = spec.rope
     stages = spec.stages
     evict = "evict_first" if spec.streams else None
+    wide = spec.k // spec.chunks
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -72,7 +74,7 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                     T.tma_copy(
                         caches.kpe[page, slot : slot + block_n, 0, caches.rope0 : caches.rope0 + rope],
                         sh.kpe[stage, :, :],
-                        barrier=sh.full[stage],
+                        barrier=sh.full[stage * spec.chunks],
                         leader_scope_threads=32,
                         eviction_policy=evict,
                     )
@@ -80,22 +82,25 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                     T.tma_copy(
                         caches.kpe[page, slot : slot + block_n, caches.rope0 : caches.rope0 + rope],
                         sh.kpe[stage, :, :],
-                        barrier=sh.full[stage],
+                        barrier=sh.full[stage * spec.chunks],
                         leader_scope_threads=32,
                         eviction_policy=evict,
                     )
-            T.tma_copy(
-                caches.ckv[page, slot : slot + block_n, caches.k0 : caches.k0 + spec.k],
-                sh.ckv[stage, :, :],
-                barrier=sh.full[stage],
-                leader_scope_threads=32,
-                eviction_policy=evict,
-            )
+            for c in tuple(range(spec.chunks)):  # written out
+                T.tma_copy(
+                    caches.ckv[page, slot : slot + block_n, caches.k0 + c * wide : caches.k0 + (c + 1) * wide],
+                    sh.ckv[stage, :, c * wide : (c + 1) * wide],
+                    barrier=sh.full[stage * spec.chunks + c],
+                    leader_scope_threads=32,
+                    eviction_policy=evict,
+                )
+                if spec.chunks > 1:
+                    T.mbarrier_arrive(sh.full[stage * spec.chunks + c])
             if spec.v > 0:
                 T.tma_copy(
                     caches.v[page, slot : slot + block_n, caches.v0 : caches.v0 + spec.v],
                     sh.v[stage, :, :],
-                    barrier=sh.full[stage],
+                    barrier=sh.full[stage * spec.chunks],
                     leader_scope_threads=32,
                     eviction_policy=evict,
                 )
@@ -105,7 +110,8 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                         spec, caches, sh.scale, stage, half * 32 + lane, page, slot + half * 32 + lane,
                         (begin // block_n + tile + j) * block_n + half * 32 + lane, begin, length,
                     )  # fmt: skip
-            T.mbarrier_arrive(sh.full[stage])
+            if spec.chunks == 1:
+                T.mbarrier_arrive(sh.full[stage])
             step += 1
         left -= count
         row += 1
@@ -191,7 +197,7 @@ def gather_part(spec, cache, tile_sh, my_page, first, mask, half, stage, width, 
     """
     vector = spec.vector
     page = T.alloc_var(T.int32)
-    together = min(TOGETHER, width // vector)
+    together = min(TOGETHER[spec.family], width // vector)
     chunks = width // vector // together
     for some in T.serial(-(-chunks // warps)):
         chunk = some * warps + (warp + half) % warps  # the warps take turns, and another begins each half

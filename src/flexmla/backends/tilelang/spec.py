@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...shape import Specialisation
-from ...tiling import Tiling, keys_per_group, padded_queries, part_width, rope_tile_width
+from ...tiling import Tiling, keys_per_group, overlaid, padded_queries, part_width, rope_tile_width
 
+CHUNK = 128  # columns of a latent tile that are loaded and multiplied apart from others
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # as TileLang names them
 
 
@@ -16,6 +17,7 @@ class Spec(NamedTuple):
     """Sizes that the compiler knows.
 
     Attributes:
+        family: of the kernel.
         n_heads, d_pe: of the shape.
         rep: heads that share a rotary key.
         q_len: query tokens a row.
@@ -26,6 +28,7 @@ class Spec(NamedTuple):
         dtype: TileLang's name of the dtype of queries, caches and outputs.
         vector: elements that a lane of a gathering warp copies at once; 0 where tiles come by TMA.
         stages: tiles of the ring.
+        chunks: parts of a latent tile's columns that are loaded, and waited for, one by one.
         block_n: tokens of a tile.
         block_h, block_q: heads and queries of a CTA.
         queries: rows of its query tile, padded.
@@ -34,10 +37,12 @@ class Spec(NamedTuple):
         parts: CTAs of a cluster, each with its part of all columns.
         k, v, out, rope: columns of a CTA's tiles of latents, separate values (0 without them), outputs and rotary keys
             (0 without them), padded.
+        overlaid: whether probabilities of `many_heads` take the place of a tile's rotary keys.
         scales: multipliers of a token that a CTA's heads use.
         streams: whether L2 is told not to keep what was loaded: no other CTA reads it, unless rows share pages.
     """
 
+    family: str
     n_heads: int
     d_pe: int
     rep: int
@@ -49,6 +54,7 @@ class Spec(NamedTuple):
     dtype: str
     vector: int
     stages: int
+    chunks: int
     block_n: int
     block_h: int
     block_q: int
@@ -60,6 +66,7 @@ class Spec(NamedTuple):
     v: int
     out: int
     rope: int
+    overlaid: bool
     scales: int
     streams: bool
 
@@ -69,9 +76,11 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
     shape, dtype, q_len, loader, scoring = wanted
     block_q = tiling.block_h * q_len
     k = part_width(shape.dv, tiling.parts)
+    rope = rope_tile_width(shape, tiling.block_h, tiling.parts) if shape.d_pe else 0
     v = 0 if shape.v_width is None else part_width(shape.v_width, tiling.parts)
     heads = scoring.scale_heads
     return Spec(
+        family=tiling.family,
         n_heads=shape.n_heads,
         d_pe=shape.d_pe,
         rep=shape.n_heads // shape.n_rope_heads,
@@ -83,6 +92,7 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
         dtype=DTYPES[dtype],
         vector={"gather": 8, "scalar": 1}.get(loader, 0),
         stages=tiling.stages,
+        chunks=k // CHUNK if tiling.family == "many_heads" and loader in ("contiguous", "pages") else 1,
         block_n=tiling.block_n,
         block_h=tiling.block_h,
         block_q=block_q,
@@ -93,7 +103,8 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
         k=k,
         v=v,
         out=v or k,
-        rope=rope_tile_width(shape, tiling.block_h, tiling.parts) if shape.d_pe else 0,
+        rope=rope,
+        overlaid=overlaid(tiling.family, rope),
         scales=keys_per_group(shape.n_heads, heads, tiling.block_h) if heads else 0,
         streams=tiling.family == "few_heads" and tiling.block_h == shape.n_heads,
     )
