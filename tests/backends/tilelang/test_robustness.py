@@ -98,6 +98,7 @@ class Engine:
         (MLAShape(16, 1, 512, 64), 16, 1),
         (MLAShape(32, 32, 512, 16), 0, 1),
         (MLAShape(64, 1, 512, 64), 0, 1),
+        (MLAShape(128, 1, 512, 64), 64, 1),
     ],
     ids=str,
 )
@@ -116,7 +117,7 @@ def test_a_graph_follows_fifty_changes(shape: MLAShape, page_size: int, q_len: i
 
 
 def test_eight_threads_on_eight_streams() -> None:
-    shapes = [MLAShape(16, 1, 512, 64), MLAShape(32, 32, 512, 16), MLAShape(64, 1, 512, 64), MLAShape(32, 1, 512, 16)]
+    shapes = [MLAShape(16, 1, 512, 64), MLAShape(32, 32, 512, 16), MLAShape(128, 1, 512, 64), MLAShape(32, 1, 512, 16)]
     engines = [Engine(shape, page_size, 1) for shape in shapes for page_size in (0, 64)]
     together, wrong = threading.Barrier(len(engines)), []
 
