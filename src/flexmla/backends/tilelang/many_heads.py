@@ -103,9 +103,10 @@ def consume_half(
         if count > 0:
             T.fill(o, 0)
             T.fill(m, LEAST)
+            T.fill(alpha, 0)
             T.mbarrier_wait_parity(q_full, seg & 1)
             for h in T.Parallel(queries):
-                sum_sh[side, h] = 0
+                sum_sh[side, h] = alpha[h]  # a fragment's: by the threads that will add to it
             T.fence_proxy_async()
             # from here on counted from the row's first tile here
             length -= (begin // block_n + tile) * block_n
