@@ -28,7 +28,7 @@ demo: $(DEPS) ## Convert a real model to MLA and let it answer (ARGS="--rank 96"
 	$(PY) -m flexmla demo $(ARGS)
 
 test: $(DEPS) ## Tests that need no GPU
-	$(WITH_NVCC) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" -n $(JOBS) $(ARGS)
+	$(WITH_NVCC) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(DEPS) ## The slow tests that need no GPU
 	$(WITH_NVCC) $(PY) -m pytest -m "slow and not gpu" $(ARGS)
