@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flexmla.tiling import tile
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "h100.jsonl"
 NOT_MEASURED = "not measured"
+BESIDE = (FLOOR, "torch-eager", "sdpa-mha")  # what the first table shows beside flexmla
 H100 = DeviceRecord(HOPPER, 132, "NVIDIA H100")
 
 
@@ -44,10 +45,7 @@ def llama2_table(found: list[Row]) -> str:
     ]
     for suite, shape, key in (("llama2", SHARED, "shared"), ("per-head", PER_HEAD, "per head")):
         for batch, max_len in ((8, 2048), (8, 4096), (64, 2048), (64, 8192)):
-            ours, *others = (
-                find(found, suite, name, shape, batch, max_len)
-                for name in ("flexmla", FLOOR, "torch-eager", "sdpa-mha")
-            )
+            ours, *others = (find(found, suite, name, shape, batch, max_len) for name in ("flexmla", *BESIDE))
             cells = [_us(ours), _fraction(ours), *map(_us, others)]
             lines.append(f"| {key} | {batch} x {max_len // 1024}K | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -78,24 +76,33 @@ def models_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def source(found: list[Row], suite: str) -> str:
-    """Where the latest figures of a suite come from, in a sentence."""
-    latest = {
-        tuple(row[key] for key in ("n_heads", "n_rope_heads", "dv", "d_pe", "batch", "max_len")): row
-        for row in found
-        if row["suite"] == suite and row["name"] == "flexmla"
-    }
-    last = list(latest.values())[-1]
-    commits = dict.fromkeys(row["commit"][:12] for row in reversed(latest.values()))
-    return (
-        f"Measured on {last['date'][:10]} on an {last['gpu']} that reads {last['read_gb_s']:.0f} GB/s, fp16, "
-        f"{'commit' if len(commits) == 1 else 'commits'} {' and '.join(commits)}."
+def source(found: list[Row], suite: str, beside: Sequence[str] = ()) -> str:
+    """Where the latest figures of a suite come from, and those beside flexmla's, if from elsewhere: in sentences."""
+    last, commits = _latest(found, suite, ("flexmla",))
+    text = (
+        f"Measured on {last['date'][:10]} on an {last['gpu']} that reads {last['read_gb_s']:.0f} GB/s, fp16, {commits}."
     )
+    if any(row["suite"] == suite and row["name"] in beside for row in found):
+        other, others = _latest(found, suite, beside)
+        if others != commits:
+            text += f" What stands beside flexmla: on {other['date'][:10]}, {others}."
+    return text
+
+
+def _latest(found: list[Row], suite: str, names: Sequence[str]) -> tuple[Row, str]:
+    """The last row of some contenders in a suite, and which commits the latest rows of all its cases are of."""
+    latest = {
+        tuple(row[key] for key in ("name", "n_heads", "n_rope_heads", "dv", "d_pe", "batch", "max_len")): row
+        for row in found
+        if row["suite"] == suite and row["name"] in names
+    }
+    commits = dict.fromkeys(row["commit"][:12] for row in reversed(latest.values()))
+    return list(latest.values())[-1], f"{'commit' if len(commits) == 1 else 'commits'} {' and '.join(commits)}"
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "llama2": llama2_table,
-    "source of llama2": functools.partial(source, suite="llama2"),
+    "source of llama2": functools.partial(source, suite="llama2", beside=BESIDE),
     "models": models_table,
     "source of models": functools.partial(source, suite="models"),
 }

@@ -109,7 +109,10 @@ def threads_per_cta(family: str, loaders: int = 1) -> int:
 
 
 def registers_per_thread(family: str, ctas_per_sm: int) -> int:
-    """What the compiler may use: an SM's four partitions have 512 registers a lane for the warps they hold."""
+    """What the compiler may use: an SM's four partitions have 512 registers a lane for the warps they hold.
+
+    A consumer of `many_heads` gets what its producers can do without; less where these gather.
+    """
     warps = -(-ctas_per_sm * threads_per_cta(family) // 128)
     return 232 if family == "many_heads" else min(255, 512 // warps // 8 * 8)
 

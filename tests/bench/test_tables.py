@@ -45,3 +45,12 @@ def test_tables_are_filled_between_their_marks():
     )
     assert filled.endswith("\n\n<!-- end of source of llama2 -->\nb")
     assert tables.filled(filled, [row]) == filled
+
+
+def test_the_source_tells_what_was_measured_at_another_commit():
+    row = {"suite": "llama2", "name": "flexmla", "date": "2026-01-02T03:04:05", "gpu": "GPU", "read_gb_s": 3000.4}
+    row |= {"n_heads": 32, "n_rope_heads": 1, "dv": 512, "d_pe": 16, "batch": 8, "max_len": 2048, "commit": "a" * 40}
+    peer = row | {"name": "torch-eager", "date": "2026-01-01T03:04:05"}
+    assert "beside" not in tables.source([row, peer], "llama2", tables.BESIDE)
+    older = tables.source([peer | {"commit": "b" * 40}, row], "llama2", tables.BESIDE)
+    assert older.endswith(f"commit {'a' * 12}. What stands beside flexmla: on 2026-01-01, commit {'b' * 12}.")

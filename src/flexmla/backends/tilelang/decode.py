@@ -88,7 +88,7 @@ def decode_program(wanted, tiling):
             out_sh = T.alloc_shared((queries, spec.v), dtype) if spec.v > 0 else q_sh
             scale_sh = T.alloc_shared((stages, block_n, spec.scales), f32) if spec.scales > 0 else None
             full = T.alloc_barrier([arrivals] * (stages * spec.chunks))
-            empty = T.alloc_barrier([consumers if few else consumers // 32] * stages)
+            empty = T.alloc_barrier([consumers if few else consumers // 32] * stages)  # of many_heads a lane a warp
             q_full = T.alloc_barrier(query_arrivals)
             q_empty = T.alloc_barrier(consumers)
             sh = Shared(q_sh, q_rope_sh, ckv_sh, kpe_sh, v_sh, scale_sh, out_sh, full, empty, q_full, q_empty)
@@ -101,7 +101,7 @@ def decode_program(wanted, tiling):
             exchange = None
             turns = None
             if not few:
-                ready = T.alloc_barrier([consumers // 64] * 2)
+                ready = T.alloc_barrier([consumers // 64] * 2)  # the four warps of the other warpgroup
                 turns = Turns(p_sh, max_sh, sum_sh, ready)
             if parts > 1:
                 T.import_source(ADD_PARTS)

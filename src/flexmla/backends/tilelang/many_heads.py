@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from ...tiling import registers_per_thread
 from .combine import LEAST, LN2
 from .schedule import row_span
 
@@ -21,7 +22,9 @@ def registers(spec):
 
     Producers that gather need more than those that start what the TMA unit copies, and wide outputs what there is.
     """
-    consumer = 232 if spec.vector == 0 else {512: 224, 384: 200}.get(spec.k, 184)
+    consumer = registers_per_thread(spec.family, 1)
+    if spec.vector > 0:
+        consumer = {512: 224, 384: 200}.get(spec.k, 184)
     return consumer, 3 * 168 - 2 * consumer
 
 
