@@ -1,8 +1,12 @@
-"""Small calls through every kernel and branch, to be run under compute-sanitizer: `make sanitize`."""
+"""Small calls through every kernel and branch, to be run under compute-sanitizer: `make sanitize`.
+
+`python tests/sanitize.py 2 8` takes the third of eight shares, so that eight processes can do it side by side.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -26,6 +30,8 @@ SPECIALISATIONS = (
     Specialisation(MLAShape(64, 1, 512, 64), FP16, 1, "gather"),
     Specialisation(MLAShape(64, 1, 512, 64), FP16, 2, "contiguous"),
     Specialisation(MLAShape(96, 1, 512, 0), BF16, 1, "contiguous"),
+    Specialisation(MLAShape(48, 1, 384, 0), BF16, 2, "pages"),  # three stages, which two warpgroups share out
+    Specialisation(MLAShape(128, 1, 128, 32), FP16, 1, "contiguous"),
     Specialisation(MLAShape(12, 4, 256, 8), FP16, 16, "pages"),
     Specialisation(MLAShape(9, 3, 24, 8), FP16, 1, "contiguous"),
     Specialisation(MLAShape(5, 5, 96, 6), BF16, 4, "scalar"),
@@ -38,10 +44,10 @@ SPECIALISATIONS = (
 CASES_EACH = 3
 
 
-def decode() -> int:
+def decode(specialisations: Sequence[Specialisation]) -> int:
     """Random cases of every specialisation; the number of wrong ones."""
     wrong = 0
-    for specialisation in SPECIALISATIONS:
+    for specialisation in specialisations:
         space = CaseSpace(specialisations=(specialisation,), max_len=300, max_tokens=600)
         for seed in range(CASES_EACH):
             case = random_case(seed, space, "cuda")
@@ -71,5 +77,6 @@ def append() -> None:
 
 
 if __name__ == "__main__":
+    share, shares = map(int, sys.argv[1:] or (0, 1))
     append()
-    sys.exit(decode())
+    sys.exit(decode(SPECIALISATIONS[share::shares]))

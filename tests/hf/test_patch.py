@@ -137,7 +137,9 @@ def test_bad_options(fresh, ids):
         patch_model(fresh, weights[:1])
     with pytest.raises(ValueError, match="rank is 200, expected 1 to 72"):
         patch_model(fresh, rank=200, d_pe=8, calibration=ids)
-    for bad in ([], [ids.float()], [ids.int()], ["text"], [ids[:, :0]], [ids[None]]):
+    foreign = ids.clone()
+    foreign[0, -1] = fresh.config.vocab_size
+    for bad in ([], [ids.float()], [ids.int()], ["text"], [ids[:, :0]], [ids[None]], foreign, [ids, -1 - ids]):
         with pytest.raises(ValueError, match=r"calibration (is empty|holds .*), expected"):
             convert_model(fresh, rank=40, d_pe=8, calibration=bad)
     assert not any(isinstance(m, MLAAttention) for m in fresh.modules()), "a refused conversion changes nothing"

@@ -127,12 +127,13 @@ def convert_model(
 
     Raises:
         NotImplementedError: a model that is not a Llama.
-        ValueError: a model already converted, or options outside what `flexmla.convert.convert_attention` accepts.
+        ValueError: a model already converted, calibration that holds no token ids of the model, or options outside what
+            `flexmla.convert.convert_attention` accepts.
     """
     layers = _llama_layers(model)
     originals = attention_weights(model)
     check_options(originals[0], rank=rank, d_pe=d_pe, svd=svd)
-    texts = [] if calibration is None else _token_ids(calibration)
+    texts = [] if calibration is None else _token_ids(calibration, model.get_input_embeddings().num_embeddings)
     steps = len(texts) + len(layers)
     stats = [ActivationStats(original) for original in originals] if texts else None
     if stats is not None:
@@ -224,8 +225,8 @@ def _attention_weights(attention: Any) -> AttentionWeights:
     )
 
 
-def _token_ids(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Calibration texts as a list of int64 `[n, tokens]`."""
+def _token_ids(calibration: Tensor | Sequence[Tensor], vocabulary: int) -> list[Tensor]:
+    """Calibration texts as a list of int64 `[n, tokens]`, each id one of `vocabulary` tokens."""
     texts = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not texts:
         raise ValueError("calibration is empty, expected at least one tensor of token ids")
@@ -233,6 +234,11 @@ def _token_ids(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim not in (1, 2) or ids.numel() == 0:
             got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"calibration holds {got}, expected int64 token ids [n, tokens] or a list of those")
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"calibration holds ids from {low} to {high}, expected token ids from 0 to {vocabulary - 1}"
+            )
     return [ids.reshape(-1, ids.shape[-1]) for ids in texts]
 
 

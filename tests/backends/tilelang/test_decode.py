@@ -74,6 +74,22 @@ def test_every_shape_ragged_with_poison(shape: MLAShape, dtype: torch.dtype) -> 
     check(inputs(shape, [0, 0], 70, dtype, seed=3), dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    zip(SHAPES, cycle(DTYPES)),
+    ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES],
+)
+def test_maxima_that_creep_up(shape: MLAShape, dtype: torch.dtype) -> None:
+    """By less than what moves a maximum at once, and by more, over all tiles of a worker."""
+    call = inputs(shape, [1280] * 132, 1280, dtype, seed=4)
+    growth = torch.linspace(0.2, 6, 1280, device="cuda")
+    for name in ("ckv_cache", "kpe_cache"):
+        cache = call[name]
+        if cache is not None:
+            call[name] = (cache * growth.view(1, -1, *[1] * (cache.dim() - 2))).to(dtype)
+    check(call, dtype)
+
+
 def test_wide_batches_with_many_empty_rows() -> None:
     shape, dtype = MLAShape(8, 1, 512, 64), torch.float16
     for batch in (127, 128, 129, 600):

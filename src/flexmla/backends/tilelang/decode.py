@@ -10,7 +10,7 @@ from .few_heads import consume_few
 from .many_heads import Turns, consume_many
 from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
-from .scores import ADD_PARTS, Exchange
+from .scores import ADD_PARTS, ANY, Exchange
 from .spec import DTYPES, Results, Shared, specialise
 
 QUERY_STRIDES = ("sqb", "sqi", "sqh", "spb", "spi", "sph")
@@ -88,7 +88,8 @@ def decode_program(wanted, tiling):
             out_sh = T.alloc_shared((queries, spec.v), dtype) if spec.v > 0 else q_sh
             scale_sh = T.alloc_shared((stages, block_n, spec.scales), f32) if spec.scales > 0 else None
             full = T.alloc_barrier([arrivals] * (stages * spec.chunks))
-            empty = T.alloc_barrier([consumers if few else consumers // 32] * stages)  # of many_heads a lane a warp
+            # of many_heads a lane for each of a warpgroup's four warps
+            empty = T.alloc_barrier([consumers if few else 4] * (stages * spec.halves))
             q_full = T.alloc_barrier(query_arrivals)
             q_empty = T.alloc_barrier(consumers)
             sh = Shared(q_sh, q_rope_sh, ckv_sh, kpe_sh, v_sh, scale_sh, out_sh, full, empty, q_full, q_empty)
@@ -101,10 +102,13 @@ def decode_program(wanted, tiling):
             exchange = None
             turns = None
             if not few:
-                ready = T.alloc_barrier([consumers // 64] * 2)  # the four warps of the other warpgroup
-                turns = Turns(p_sh, max_sh, sum_sh, ready)
+                # every thread of the other warpgroup: racecheck does not follow a lane that arrives for its warp
+                ready = T.alloc_barrier([consumers // 2] * 2)
+                done = T.alloc_barrier(consumers)
+                turns = Turns(p_sh, max_sh, sum_sh, ready, done)
+            if few:
+                T.import_source(ANY + (ADD_PARTS if parts > 1 else ""))
             if parts > 1:
-                T.import_source(ADD_PARTS)
                 scores_sh = T.alloc_shared((2, parts - 1, block_n * queries), f32)
                 arrived = T.alloc_cluster_barrier([1, 1])
                 exchange = Exchange(scores_sh, arrived, part)

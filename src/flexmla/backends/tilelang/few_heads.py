@@ -10,10 +10,9 @@ import tilelang.language as T
 
 from .combine import LEAST, LN2
 from .schedule import row_span
-from .scores import add_parts, cap_scores, scale_scores
+from .scores import LOG2E, SLACK, add_parts, cap_scores, scale_scores
 
 CONSUMERS = 128
-LOG2E = 1.4426950408889634
 
 
 @T.macro
@@ -52,8 +51,11 @@ def consume_few(
     o = T.alloc_fragment((width, queries), f32)
     per_warp = T.alloc_fragment((warps, queries), f32)
     m = T.alloc_fragment((queries,), f32)
+    limit = T.alloc_fragment((queries,), f32)
     alpha = T.alloc_fragment((queries,), f32)
     norm = T.alloc_fragment((queries,), f32)
+    outgrown = T.alloc_local((1,), T.int32)
+    moved = T.alloc_var(T.int32)
     step = T.alloc_var(T.int32)
     seg = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
@@ -69,6 +71,7 @@ def consume_few(
             T.fill(o, 0)
             T.fill(sums, 0)
             T.fill(m, LEAST)
+            T.fill(limit, -T.infinity(f32))
             T.mbarrier_wait_parity(q_full, seg & 1)
             T.fence_proxy_async()
             for j in T.serial(count):
@@ -98,25 +101,26 @@ def consume_few(
                         for i, c in T.Parallel(block_n, span):
                             if T.Or(i < low, i >= high) and c < width:
                                 v_sh[stage, i, c] = 0
-                T.reduce_max(T.reshape(s, (warps, 16, queries)), per_warp, dim=1)
-                T.copy(per_warp, max_sh)
-                T.sync_threads(3, CONSUMERS)
-                T.copy(m, alpha)
-                for w in T.unroll(warps):
-                    for h in T.Parallel(queries):
-                        m[h] = T.max(m[h], max_sh[w, h] * (softmax_scale * LOG2E))
+                outgrown[0] = 0
+                for i, h in T.Parallel(block_n, queries):
+                    if s[i, h] > limit[h]:
+                        outgrown[0] = 1
+                # a barrier too: nobody reads the last tile's probabilities, or maxima that moved before, any more
+                moved = T.call_extern("int32", "flexmla_any", 3, CONSUMERS, outgrown[0])
+                if moved != 0:
+                    move_maxima(spec, s, per_warp, max_sh, softmax_scale, m, limit, alpha)
+                    for i, h in T.Parallel(width, queries):
+                        o[i, h] *= alpha[h]
+                    for i, h in T.Parallel(block_n, queries):
+                        sums[i, h] *= alpha[h]
                 for i, h in T.Parallel(block_n, queries):
                     s[i, h] = T.exp2(s[i, h] * (softmax_scale * LOG2E) - m[h])
                 T.copy(s, p_sh)
                 T.fence_proxy_async()
                 T.sync_threads(3, CONSUMERS)
-                for h in T.Parallel(queries):
-                    alpha[h] = T.exp2(alpha[h] - m[h])
-                for i, h in T.Parallel(width, queries):
-                    o[i, h] *= alpha[h]
                 T.wgmma_gemm(v_sh[stage, :, :], p_sh, o, transpose_A=True)
                 for i, h in T.Parallel(block_n, queries):
-                    sums[i, h] = sums[i, h] * alpha[h] + s[i, h]
+                    sums[i, h] += s[i, h]
                 T.wait_wgmma(0)
                 T.mbarrier_arrive(empty[stage])
                 step += 1
@@ -156,3 +160,20 @@ def consume_few(
         left -= count
         row += 1
         tile = 0
+
+
+@T.macro
+def move_maxima(spec, s, per_warp, max_sh, softmax_scale, m, limit, alpha):
+    """Takes a tile's scores into the maxima: `alpha` is what sums and output shrink by, `limit` what moves m again."""
+    warps = spec.block_n // 16
+    T.reduce_max(T.reshape(s, (warps, 16, spec.queries)), per_warp, dim=1)
+    T.copy(per_warp, max_sh)
+    T.sync_threads(3, CONSUMERS)
+    T.copy(m, alpha)
+    for w in T.unroll(warps):
+        for h in T.Parallel(spec.queries):
+            m[h] = T.max(m[h], max_sh[w, h] * (softmax_scale * LOG2E))
+    for h in T.Parallel(spec.queries):
+        alpha[h] = T.exp2(alpha[h] - m[h])
+    for h in T.Parallel(spec.queries):
+        limit[h] = (m[h] + SLACK) / (softmax_scale * LOG2E)

@@ -12,19 +12,18 @@ import tilelang.language as T
 from ...tiling import registers_per_thread
 from .combine import LEAST, LN2
 from .schedule import row_span
+from .scores import LOG2E, SLACK
 
 CONSUMERS = 256
-LOG2E = 1.4426950408889634
 
 
 def registers(spec):
     """Registers of a consumer and a producer thread: together 168 for each of 384 threads, as many as the launch gives.
 
-    Producers that gather need more than those that start what the TMA unit copies, and wide outputs what there is.
+    Wide outputs take what there is; producers that gather need more than those that start what the TMA unit copies.
     """
-    consumer = registers_per_thread(spec.family, 1)
-    if spec.vector > 0:
-        consumer = {512: 224, 384: 200}.get(spec.k, 184)
+    most = registers_per_thread(spec.family, 1) - (8 if spec.vector > 0 else 0)
+    consumer = {512: most, 384: 200}.get(spec.k, 184)
     return consumer, 3 * 168 - 2 * consumer
 
 
@@ -37,12 +36,14 @@ class Turns(NamedTuple):
         rows: float32 `[2, queries]`, of each warpgroup: maxima of the queries.
         sums: as rows: sums of the probabilities of its tiles.
         ready: two barriers: whether a warpgroup's probabilities and maxima are there.
+        done: a barrier: whether both are through with a row.
     """
 
     p: Any
     rows: Any
     sums: Any
     ready: Any
+    done: Any
 
 
 @T.macro
@@ -66,7 +67,6 @@ def consume_half(
     block_n = spec.block_n
     stages = spec.stages
     q_sh = sh.q
-    empty = sh.empty
     q_full = sh.q_full
     q_empty = sh.q_empty
     sum_sh = turns.sums
@@ -87,6 +87,7 @@ def consume_half(
     alpha = T.alloc_fragment((queries,), f32)
     norm = T.alloc_fragment((queries,), f32)
     added = T.alloc_fragment((queries,), f32)
+    moved = T.alloc_local((1,), T.int32)
     step = T.alloc_var(T.int32)
     seg = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
@@ -124,29 +125,30 @@ def consume_half(
                 if j < count:
                     if side == 0:
                         if j > 0:
-                            add_other(side, spec, sh, turns, now - 1, o, m, alpha)
+                            add_other(side, spec, sh, turns, now - 1, o, m, alpha, moved)
                             T.wait_wgmma(0)
-                            give_back(empty, (now - 1) % stages, tx)
-                        score(spec, sh, stage, (now // stages) & 1, low, high, causal, s, added)
+                            give_back(side, sh.empty, (now - 1) % stages, tx)
+                        score(side, spec, sh, stage, (now // stages) & 1, low, high, causal, s, added)
                         exponentiate(spec, softmax_scale, s, m, alpha, added)
                     else:
-                        score(spec, sh, stage, (now // stages) & 1, low, high, causal, s, added)
+                        score(side, spec, sh, stage, (now // stages) & 1, low, high, causal, s, added)
                         if j > 0:
-                            add_other(side, spec, sh, turns, now - 1, o, m, alpha)
+                            add_other(side, spec, sh, turns, now - 1, o, m, alpha, moved)
                             exponentiate(spec, softmax_scale, s, m, alpha, added)
                             T.wait_wgmma(0)
-                            give_back(empty, (now - 1) % stages, tx)
+                            give_back(side, sh.empty, (now - 1) % stages, tx)
                         else:
                             exponentiate(spec, softmax_scale, s, m, alpha, added)
-                    hand_over(side, spec, turns, now, s, p, m, alpha, added, tx)
-                    add_own(side, spec, sh, stage, p, o, alpha, tx)
+                    hand_over(side, spec, turns, now, s, p, m, alpha, added)
+                    add_own(side, spec, sh, stage, p, o, alpha, moved, tx)
                 else:
-                    add_other(side, spec, sh, turns, now - 1, o, m, alpha)
+                    add_other(side, spec, sh, turns, now - 1, o, m, alpha, moved)
                     T.wait_wgmma(0)
-                    give_back(empty, (now - 1) % stages, tx)
+                    give_back(side, sh.empty, (now - 1) % stages, tx)
             step += count
             # both have the same maximum now, each the sum of its tiles, and read the query tile for the last time
-            T.sync_threads(5, CONSUMERS)
+            T.mbarrier_arrive(turns.done)
+            T.mbarrier_wait_parity(turns.done, seg & 1)
             for h in T.Parallel(queries):
                 norm[h] = sum_sh[0, h] + sum_sh[1, h]
             for h in T.Parallel(queries):
@@ -182,30 +184,32 @@ def consume_half(
 
 
 @T.macro
-def give_back(empty, stage, tx):
-    """A warp has read a tile for the last time."""
+def give_back(side, empty, stage, tx):
+    """A warp has read its half of a tile's columns for the last time, and the other's probabilities of it."""
     if tx % 32 == 0:
-        T.mbarrier_arrive(empty[stage])
+        T.mbarrier_arrive(empty[2 * stage + side])
 
 
 @T.macro
-def score(spec, sh, stage, parity, low, high, causal, s, largest):
+def score(side, spec, sh, stage, parity, low, high, causal, s, largest):
     """Scores of a tile, of each chunk of its columns as it comes, and their maxima; what nobody sees is taken out."""
     block_n = spec.block_n
     q_len = spec.q_len
     wide = spec.k // spec.chunks
-    for c in tuple(range(spec.chunks)):
+    for i in tuple(range(spec.chunks)):
+        c = (i + side * (spec.chunks // 2)) % spec.chunks  # in the order in which they come
+        with_rope = i == spec.chunks // 2 and spec.rope > 0
         T.mbarrier_wait_parity(sh.full[stage * spec.chunks + c], parity)
         if spec.vector > 0:
             T.fence_proxy_async()
-        if c == 0 and spec.rope > 0:
-            T.wgmma_gemm(sh.q_rope, sh.kpe[stage, :, :], s, transpose_B=True, clear_accum=True)
+        if with_rope:
+            T.wgmma_gemm(sh.q_rope, sh.kpe[stage, :, :], s, transpose_B=True, clear_accum=i == 0)
         T.wgmma_gemm(
             sh.q[:, c * wide : (c + 1) * wide],
             sh.ckv[stage, :, c * wide : (c + 1) * wide],
             s,
             transpose_B=True,
-            clear_accum=(c == 0 and spec.rope == 0),
+            clear_accum=i == 0 and not with_rope,
         )
     T.wait_wgmma(0)
     if T.max(low, block_n - high + causal * (q_len - 1)) > 0:
@@ -223,7 +227,19 @@ def score(spec, sh, stage, parity, low, high, causal, s, largest):
 
 
 @T.macro
-def add_other(side, spec, sh, turns, now, o, m, alpha):
+def shrink(spec, o, alpha, moved):
+    """Multiplies the output with alpha, unless that is 1 for all queries of a warp: most maxima do not move."""
+    moved[0] = 0
+    for h in T.Parallel(spec.queries):
+        if alpha[h] != 1:
+            moved[0] = 1
+    if T.any_sync(moved[0] != 0):
+        for h, c in T.Parallel(spec.queries, spec.k // 2):
+            o[h, c] *= alpha[h]
+
+
+@T.macro
+def add_other(side, spec, sh, turns, now, o, m, alpha, moved):
     """Starts the product of the other warpgroup's probabilities of tile `now` and this one's columns of it."""
     stage = now % spec.stages
     width = spec.k // 2
@@ -232,29 +248,33 @@ def add_other(side, spec, sh, turns, now, o, m, alpha):
         alpha[h] = T.exp2(m[h] - turns.rows[1 - side, h])
     for h in T.Parallel(spec.queries):
         m[h] = turns.rows[1 - side, h]
-    for h in T.Parallel(spec.queries):
-        turns.sums[side, h] *= alpha[h]
-    for h, c in T.Parallel(spec.queries, width):
-        o[h, c] *= alpha[h]
+    shrink(spec, o, alpha, moved)
     T.wgmma_gemm(
         turns.p[stage if spec.overlaid else 1 - side, :, 0 : spec.block_n],
         sh.ckv[stage, :, side * width : side * width + width],
         o,
     )
+    for h in T.Parallel(spec.queries):
+        turns.sums[side, h] *= alpha[h]
 
 
 @T.macro
 def exponentiate(spec, softmax_scale, s, m, alpha, added):
-    """Makes probabilities of a tile's scores, whose maxima are `added`; the maxima before are left in alpha."""
+    """Makes probabilities of a tile's scores, whose maxima are `added`; the maxima before are left in alpha.
+
+    A maximum stays until a score exceeds it by far (`SLACK`), so that what was added up seldom has to shrink.
+    """
     T.copy(m, alpha)
     for h in T.Parallel(spec.queries):
-        m[h] = T.max(m[h], added[h] * (softmax_scale * LOG2E))
+        m[h] = T.if_then_else(
+            added[h] * (softmax_scale * LOG2E) - m[h] > SLACK, added[h] * (softmax_scale * LOG2E), m[h]
+        )
     for h, t in T.Parallel(spec.queries, spec.block_n):
         s[h, t] = T.exp2(s[h, t] * (softmax_scale * LOG2E) - m[h])
 
 
 @T.macro
-def hand_over(side, spec, turns, now, s, p, m, alpha, added, tx):
+def hand_over(side, spec, turns, now, s, p, m, alpha, added):
     """Gives the other warpgroup the probabilities of tile `now`; what the output shrinks by is left in alpha."""
     stage = now % spec.stages
     queries = spec.queries
@@ -266,9 +286,7 @@ def hand_over(side, spec, turns, now, s, p, m, alpha, added, tx):
     for h in T.Parallel(queries):
         turns.rows[side, h] = m[h]
     T.fence_proxy_async()
-    T.sync_warp()
-    if tx % 32 == 0:
-        T.mbarrier_arrive(turns.ready[side])
+    T.mbarrier_arrive(turns.ready[side])
     for h in T.Parallel(queries):
         alpha[h] = T.exp2(alpha[h] - m[h])
     for h in T.Parallel(queries):
@@ -276,11 +294,10 @@ def hand_over(side, spec, turns, now, s, p, m, alpha, added, tx):
 
 
 @T.macro
-def add_own(side, spec, sh, stage, p, o, alpha, tx):
+def add_own(side, spec, sh, stage, p, o, alpha, moved, tx):
     """Multiplies its own probabilities of a tile with its columns of it."""
     width = spec.k // 2
-    for h, c in T.Parallel(spec.queries, width):
-        o[h, c] *= alpha[h]
+    shrink(spec, o, alpha, moved)
     T.wgmma_gemm(p, sh.ckv[stage, :, side * width : side * width + width], o)
     T.wait_wgmma(0)
-    give_back(sh.empty, stage, tx)
+    give_back(side, sh.empty, stage, tx)

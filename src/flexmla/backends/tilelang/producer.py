@@ -48,8 +48,6 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
     block_n = spec.block_n
     rope = spec.rope
     stages = spec.stages
-    evict = "evict_first" if spec.streams else None
-    wide = spec.k // spec.chunks
     step = T.alloc_var(T.int32)
     tiles = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -68,41 +66,23 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
             if caches.paged:
                 page = caches.block_table[row, T.shift_right(slot, caches.log_page)]
                 slot = slot & (T.shift_left(1, caches.log_page) - 1)
-            T.mbarrier_wait_parity(sh.empty[stage], ((step // stages) & 1) ^ 1)
-            if rope > 0:
-                if len(caches.kpe.shape) == 4:
-                    T.tma_copy(
-                        caches.kpe[page, slot : slot + block_n, 0, caches.rope0 : caches.rope0 + rope],
-                        sh.kpe[stage, :, :],
-                        barrier=sh.full[stage * spec.chunks],
-                        leader_scope_threads=32,
-                        eviction_policy=evict,
-                    )
+            if spec.chunks > 1:
+                if (step & 1) == 0:
+                    stream_halves(0, spec, caches, sh, stage, ((step // stages) & 1) ^ 1, page, slot)
                 else:
-                    T.tma_copy(
-                        caches.kpe[page, slot : slot + block_n, caches.rope0 : caches.rope0 + rope],
-                        sh.kpe[stage, :, :],
-                        barrier=sh.full[stage * spec.chunks],
-                        leader_scope_threads=32,
-                        eviction_policy=evict,
-                    )
-            for c in tuple(range(spec.chunks)):  # written out
-                T.tma_copy(
-                    caches.ckv[page, slot : slot + block_n, caches.k0 + c * wide : caches.k0 + (c + 1) * wide],
-                    sh.ckv[stage, :, c * wide : (c + 1) * wide],
-                    barrier=sh.full[stage * spec.chunks + c],
-                    leader_scope_threads=32,
-                    eviction_policy=evict,
-                )
-                if spec.chunks > 1:
-                    T.mbarrier_arrive(sh.full[stage * spec.chunks + c])
+                    stream_halves(1, spec, caches, sh, stage, ((step // stages) & 1) ^ 1, page, slot)
+            else:
+                T.mbarrier_wait_parity(sh.empty[stage], ((step // stages) & 1) ^ 1)
+                if rope > 0:
+                    stream_rope(spec, caches, sh, stage, 0, page, slot)
+                stream_chunk(spec, caches, sh, stage, 0, page, slot)
             if spec.v > 0:
                 T.tma_copy(
                     caches.v[page, slot : slot + block_n, caches.v0 : caches.v0 + spec.v],
                     sh.v[stage, :, :],
                     barrier=sh.full[stage * spec.chunks],
                     leader_scope_threads=32,
-                    eviction_policy=evict,
+                    eviction_policy=eviction(spec),
                 )
             if spec.scales > 0:
                 for half in T.unroll(block_n // 32):
@@ -116,6 +96,63 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
         left -= count
         row += 1
         tile = 0
+
+
+def eviction(spec):
+    """What L2 is told of a tile: one that this CTA alone reads is not worth keeping."""
+    return "evict_first" if spec.streams else None
+
+
+@T.macro
+def stream_halves(owner, spec, caches, sh, stage, parity, page: T.Ref, slot: T.Ref):
+    """Starts the copies of a tile whose scores warpgroup `owner` of `many_heads` computes.
+
+    Its own half of the columns comes first, as it gives that back first; the other's half with the rotary keys, whose
+    place its probabilities take until the other warpgroup has read them.
+    """
+    each = spec.chunks // 2
+    for half in (owner, 1 - owner):
+        T.mbarrier_wait_parity(sh.empty[2 * stage + half], parity)
+        if half != owner and spec.rope > 0:
+            stream_rope(spec, caches, sh, stage, half * each, page, slot)
+        for c in tuple(range(half * each, half * each + each)):  # written out
+            stream_chunk(spec, caches, sh, stage, c, page, slot)
+            T.mbarrier_arrive(sh.full[stage * spec.chunks + c])
+
+
+@T.macro
+def stream_rope(spec, caches, sh, stage, chunk, page: T.Ref, slot: T.Ref):
+    """Starts the copy of a tile's rotary keys, which come with a chunk of its columns."""
+    rope = spec.rope
+    if len(caches.kpe.shape) == 4:
+        T.tma_copy(
+            caches.kpe[page, slot : slot + spec.block_n, 0, caches.rope0 : caches.rope0 + rope],
+            sh.kpe[stage, :, :],
+            barrier=sh.full[stage * spec.chunks + chunk],
+            leader_scope_threads=32,
+            eviction_policy=eviction(spec),
+        )
+    else:
+        T.tma_copy(
+            caches.kpe[page, slot : slot + spec.block_n, caches.rope0 : caches.rope0 + rope],
+            sh.kpe[stage, :, :],
+            barrier=sh.full[stage * spec.chunks + chunk],
+            leader_scope_threads=32,
+            eviction_policy=eviction(spec),
+        )
+
+
+@T.macro
+def stream_chunk(spec, caches, sh, stage, chunk, page: T.Ref, slot: T.Ref):
+    """Starts the copy of a chunk of a tile's columns."""
+    wide = spec.k // spec.chunks
+    T.tma_copy(
+        caches.ckv[page, slot : slot + spec.block_n, caches.k0 + chunk * wide : caches.k0 + (chunk + 1) * wide],
+        sh.ckv[stage, :, chunk * wide : (chunk + 1) * wide],
+        barrier=sh.full[stage * spec.chunks + chunk],
+        leader_scope_threads=32,
+        eviction_policy=eviction(spec),
+    )
 
 
 @T.macro
@@ -159,7 +196,8 @@ def gather_tiles(spec, caches, rows, sh, warps, warp, lane, row: T.Ref, tile: T.
                     pages[half] = caches.block_table[row, T.shift_right(first + half * 32 + lane, caches.log_page)]
                     if pages[half] >= caches.ckv.shape[0]:
                         pages[half] = -1
-            T.mbarrier_wait_parity(sh.empty[stage], ((step // stages) & 1) ^ 1)
+            for half in tuple(range(spec.halves)):
+                T.mbarrier_wait_parity(sh.empty[stage * spec.halves + half], ((step // stages) & 1) ^ 1)
             for half in T.unroll(2):
                 gather_part(
                     spec, caches.ckv, sh.ckv, pages[half], first, mask, half, stage, spec.k, caches.k0, spec.dv, warps,

@@ -5,6 +5,20 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 THREADS = 128  # that hold a tile of scores
+LOG2E = 1.4426950408889634
+# By what power of two a probability may outgrow 1 before its query's maximum moves, and all that was added up shrinks.
+# Any number near the largest score would do in the maximum's place: it enters output, sums and LSE alike.
+SLACK = 8.0
+
+# A barrier that also tells whether any of its threads says so.
+ANY = """
+__device__ __forceinline__ int flexmla_any(int barrier, int threads, int mine) {
+  int any;
+  asm volatile("{.reg .pred p, q; setp.ne.s32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.s32 %0, 1, 0, q;}"
+               : "=r"(any) : "r"(barrier), "r"(threads), "r"(mine) : "memory");
+  return any;
+}
+"""
 
 # A thread sends its registers of a tile of scores to the same thread of every other CTA of the cluster, four at once,
 # and adds up what it gets. st.async tells the receiver's barrier how many bytes came: TileLang has no such store.

@@ -28,7 +28,8 @@ class Spec(NamedTuple):
         dtype: TileLang's name of the dtype of queries, caches and outputs.
         vector: elements that a lane of a gathering warp copies at once; 0 where tiles come by TMA.
         stages: tiles of the ring.
-        chunks: parts of a latent tile's columns that are loaded, and waited for, one by one.
+        halves: shares of a latent tile's columns that are given back one by one: of each warpgroup of `many_heads`.
+        chunks: shares of them that are loaded, and waited for, one by one: of `many_heads` some to each half.
         block_n: tokens of a tile.
         block_h, block_q: heads and queries of a CTA.
         queries: rows of its query tile, padded.
@@ -54,6 +55,7 @@ class Spec(NamedTuple):
     dtype: str
     vector: int
     stages: int
+    halves: int
     chunks: int
     block_n: int
     block_h: int
@@ -79,6 +81,8 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
     rope = rope_tile_width(shape, tiling.block_h, tiling.parts) if shape.d_pe else 0
     v = 0 if shape.v_width is None else part_width(shape.v_width, tiling.parts)
     heads = scoring.scale_heads
+    halves = 2 if tiling.family == "many_heads" else 1
+    by_tma = loader in ("contiguous", "pages")
     return Spec(
         family=tiling.family,
         n_heads=shape.n_heads,
@@ -92,7 +96,8 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
         dtype=DTYPES[dtype],
         vector={"gather": 8, "scalar": 1}.get(loader, 0),
         stages=tiling.stages,
-        chunks=k // CHUNK if tiling.family == "many_heads" and loader in ("contiguous", "pages") else 1,
+        halves=halves,
+        chunks=halves * max(1, k // halves // CHUNK) if halves > 1 and by_tma else 1,
         block_n=tiling.block_n,
         block_h=tiling.block_h,
         block_q=block_q,
@@ -118,7 +123,7 @@ class Shared(NamedTuple):
         ckv, kpe, v: `[stages, block_n, ...]`.
         scale: float32 `[stages, block_n, scales]`.
         out: `[queries, out]`; the query tile, which the output passes through, where values are latents.
-        full, empty: a barrier a stage. q_full, q_empty: of the query tile.
+        full, empty: a barrier a chunk, and a half, of each stage. q_full, q_empty: of the query tile.
     """
 
     q: Any
