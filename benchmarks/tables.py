@@ -17,14 +17,15 @@ from flexmla.plan import HOPPER, DeviceRecord, tilelang_lacks
 from flexmla.tiling import tile
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "benchmarks" / "results" / "h100.jsonl"
+ROWS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
 BESIDE = (FLOOR, "torch-eager", "sdpa-mha")  # what the first table shows beside flexmla
 H100 = DeviceRecord(HOPPER, 132, "NVIDIA H100")
 
 
-def rows() -> list[Row]:
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+def rows(gpu: str) -> list[Row]:
+    """What was measured on a GPU, `h100` or `h200`."""
+    return [json.loads(line) for line in (ROWS / f"{gpu}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def find(found: list[Row], suite: str, name: str, shape: Any, batch: int, max_len: int) -> Row | None:
@@ -48,6 +49,23 @@ def llama2_table(found: list[Row]) -> str:
             ours, *others = (find(found, suite, name, shape, batch, max_len) for name in ("flexmla", *BESIDE))
             cells = [_us(ours), _fraction(ours), *map(_us, others)]
             lines.append(f"| {key} | {batch} x {max_len // 1024}K | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plain_table(found: list[Row], suites: Sequence[str]) -> str:
+    """flexmla alone on all cases of some suites that one GPU has rows of."""
+    lines = [
+        "| heads / rope heads | dv + d_pe | batch x length | flexmla | of read |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for suite in suites:
+        for case in SUITES[suite]():
+            shape = case.shape
+            row = find(found, suite, "flexmla", shape, case.batch, case.max_len)
+            size = f"{shape.n_heads} / {shape.n_rope_heads} | {shape.dv} + {shape.d_pe}"
+            lines.append(
+                f"| {size} | {case.batch} x {case.max_len // 1024}K | {_us(row) or NOT_MEASURED} | {_fraction(row)} |"
+            )
     return "\n".join(lines)
 
 
@@ -100,18 +118,26 @@ def _latest(found: list[Row], suite: str, names: Sequence[str]) -> tuple[Row, st
     return list(latest.values())[-1], f"{'commit' if len(commits) == 1 else 'commits'} {' and '.join(commits)}"
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "llama2": llama2_table,
-    "source of llama2": functools.partial(source, suite="llama2", beside=BESIDE),
-    "models": models_table,
-    "source of models": functools.partial(source, suite="models"),
+# by the GPU whose rows they show
+TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
+    "h100": {
+        "llama2": llama2_table,
+        "source of llama2": functools.partial(source, suite="llama2", beside=BESIDE),
+        "models": models_table,
+        "source of models": functools.partial(source, suite="models"),
+    },
+    "h200": {
+        "an H200": functools.partial(plain_table, suites=("llama2", "per-head", "deepseek")),
+        "source of an H200": functools.partial(source, suite="llama2"),
+        "small latents on an H200": functools.partial(plain_table, suites=("small-latent",)),
+    },
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "kernels.md")
 
 
-def filled(text: str, found: list[Row]) -> str:
-    """A page with the tables between its marks."""
-    for name, table in TABLES.items():
+def filled(text: str, found: list[Row], gpu: str = "h100") -> str:
+    """A page with a GPU's tables between their marks."""
+    for name, table in TABLES[gpu].items():
         begin, end = f"<!-- {name}, by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
         if begin in text:
             before, rest = text.split(begin)
@@ -128,12 +154,14 @@ def _fraction(row: Row | None) -> str:
 
 
 if __name__ == "__main__":
-    measured = rows()
     for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8"), measured), encoding="utf-8")
+        content = page.read_text(encoding="utf-8")
+        for card in TABLES:
+            content = filled(content, rows(card), card)
+        page.write_text(content, encoding="utf-8")
     drawn = [
         row
-        for row in measured
+        for row in rows("h100")
         if row["suite"] in ("llama2", "per-head") and row["name"] not in ("sdpa-mha", TORCH_BACKEND)
     ]
     plot(drawn, ROOT / "docs" / "read.png")
