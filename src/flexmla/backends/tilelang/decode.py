@@ -102,7 +102,7 @@ def decode_program(wanted, tiling):
             exchange = None
             turns = None
             if not few:
-                # every thread of the other warpgroup: racecheck does not follow a lane that arrives for its warp
+                # every thread of the other warpgroup: racecheck does not always follow a lane for its warp
                 ready = T.alloc_barrier([consumers // 2] * 2)
                 done = T.alloc_barrier(consumers)
                 turns = Turns(p_sh, max_sh, sum_sh, ready, done)
