@@ -24,6 +24,12 @@ SHAPES = covering_shapes()
 NAN = float("nan")
 Call = dict[str, "torch.Tensor | None"]
 
+every_shape = pytest.mark.parametrize(
+    ("shape", "dtype"),
+    list(zip(SHAPES, cycle(DTYPES))),
+    ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES],
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
@@ -63,22 +69,14 @@ def check(call: Call, dtype: torch.dtype, **options: object) -> tuple[torch.Tens
     return out, lse
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    zip(SHAPES, cycle(DTYPES)),
-    ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES],
-)
+@every_shape
 def test_every_shape_ragged_with_poison(shape: MLAShape, dtype: torch.dtype) -> None:
     check(inputs(shape, [300, 1, 0, 64, 65, 127], 300, dtype, seed=1), dtype)
     check(inputs(shape, [1999], 2100, dtype, seed=2), dtype)  # one row over many workers
     check(inputs(shape, [0, 0], 70, dtype, seed=3), dtype)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    zip(SHAPES, cycle(DTYPES)),
-    ids=[f"{s.n_heads}-{s.n_rope_heads}-{s.dv}-{s.d_pe}" for s in SHAPES],
-)
+@every_shape
 def test_maxima_that_creep_up(shape: MLAShape, dtype: torch.dtype) -> None:
     """By less than what moves a maximum at once, and by more, over all tiles of a worker."""
     call = inputs(shape, [1280] * 132, 1280, dtype, seed=4)

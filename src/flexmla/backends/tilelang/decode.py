@@ -101,13 +101,13 @@ def decode_program(wanted, tiling):
             rope0 = group * spec.block_h // spec.rep * spec.d_pe + part * spec.rope
             exchange = None
             turns = None
-            if not few:
+            if few:
+                T.import_source(ANY + (ADD_PARTS if parts > 1 else ""))
+            else:
                 # every thread of the other warpgroup: racecheck does not always follow a lane for its warp
                 ready = T.alloc_barrier([consumers // 2] * 2)
                 done = T.alloc_barrier(consumers)
                 turns = Turns(p_sh, max_sh, sum_sh, ready, done)
-            if few:
-                T.import_source(ANY + (ADD_PARTS if parts > 1 else ""))
             if parts > 1:
                 scores_sh = T.alloc_shared((2, parts - 1, block_n * queries), f32)
                 arrived = T.alloc_cluster_barrier([1, 1])
