@@ -85,9 +85,28 @@ def test_whatever_differs_is_looked_at(calls):
     for change in changes:
         mla_decode(**{**base, **change})
     assert (calls.looked_at, calls.launched) == (len(changes), 0)
-    for change in changes:
-        mla_decode(**{**base, **change})
-    assert (calls.looked_at, calls.launched) == (len(changes), len(changes))
+    for repeats_of_all in (1, 2, 3):
+        for change in changes:
+            mla_decode(**{**base, **change})
+        assert (calls.looked_at, calls.launched) == (len(changes), repeats_of_all * len(changes))
+
+
+@pytest.mark.parametrize("unlike", [
+    arguments(max_len=33),
+    arguments(dtype=torch.bfloat16),
+    {"ckv_cache": torch.zeros(2, 32, 80, dtype=torch.float16)[..., :64]},
+    {"ckv_cache": torch.zeros(2 * 32 * 64 + 1, dtype=torch.float16)[1:].view(2, 32, 64)},
+    {"seq_lens": None, "starts": torch.full((2,), 7, dtype=torch.int32)},
+])  # fmt: skip
+def test_a_call_like_the_last_is_not_looked_up(calls, unlike):
+    base = arguments()
+    for _ in range(2):
+        mla_decode(**base)
+    repeats._launchers.clear()
+    mla_decode(**arguments())
+    assert (calls.looked_at, calls.launched) == (1, 2)
+    mla_decode(**{**base, **unlike})
+    assert (calls.looked_at, calls.launched) == (2, 2)
 
 
 def test_what_is_refused_stays_refused(calls):

@@ -107,12 +107,19 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
     width = dv if operands[7] is None else operands[7].shape[2]
     spans = [_footprint(x)[1] - x.data_ptr() for x in operands[:9] if x is not None]
     out_bytes, lse_bytes = batch * q_len * n_heads * width * operands[0].element_size(), 4 * batch * q_len * n_heads
+    # Models of what a call allocates, an element of memory each: `empty_like` takes two thirds of `new_empty`'s time.
+    element = operands[0].new_empty(1)
+    like_out = element.expand(batch, q_len, n_heads, width)
+    like_lse = element.new_empty(1, dtype=torch.float32).expand(batch, n_heads, q_len)
+    like_workspace = element.expand(launch.workspace)
 
     def run(*tensors: Any) -> tuple[Tensor, Tensor]:
         *inputs, out, lse = tensors
-        q_nope = inputs[0]
         given = out is not None or lse is not None
-        out, lse = results(q_nope, width, out, lse)
+        if out is None:
+            out = torch.empty_like(like_out)
+        if lse is None:
+            lse = torch.empty_like(like_lse)
         if given:  # looked at as in `_refuse_overlap`, with the sizes known
             out_start, lse_start = out.data_ptr(), lse.data_ptr()
             out_end, lse_end = out_start + out_bytes, lse_start + lse_bytes
@@ -124,7 +131,7 @@ def launcher(operands: Sequence[Any], out: Tensor | None, lse: Tensor | None) ->
                     apart = False
             if not apart:  # by their bounds; views that interleave in one buffer still are
                 _refuse_overlap(inputs, out, lse)
-        launch(*inputs, softmax_scale, softcap, out, lse)
+        launch(*inputs, softmax_scale, softcap, out, lse, torch.empty_like(like_workspace))
         return out, lse
 
     return run

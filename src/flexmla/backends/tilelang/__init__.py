@@ -50,8 +50,9 @@ class Launch:
         softcap: float,
         out: Tensor,
         lse: Tensor,
+        workspace: Tensor,
     ) -> None:
-        """Launches it; every tensor is as `launcher` asks."""
+        """Launches it; every tensor is as `launcher` asks, and the workspace of q_nope's dtype."""
         if block_table is None:
             if self.loader == "contiguous":
                 block_table = seq_lens  # a stand-in that nothing reads
@@ -79,7 +80,7 @@ class Launch:
             block_table,
             out,
             lse,
-            q_nope.new_empty(self.workspace),
+            workspace,
             softmax_scale,
             *self.rest,
             *scoring,
@@ -132,7 +133,7 @@ def decode(
     dense_lse = lse if _is_dense(lse) else lse.new_empty(lse.shape)
     launch(
         q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, block_table, starts, v_cache, score_scale, softmax_scale, softcap,
-        dense_out, dense_lse,
+        dense_out, dense_lse, q_nope.new_empty(launch.workspace),
     )  # fmt: skip
     if dense_out is not out:
         out.copy_(dense_out)
