@@ -15,9 +15,9 @@ FIXED_US = 7.0
 READ_GB_S = 3130.0  # streaming read, where the memory's clock and bus are not known: an H100's
 READ_SHARE = 0.94  # of the bandwidth by clock and bus
 READING = 1.06  # as often as a cache's bytes take by themselves
-MATMUL_TFLOPS = 690.0
-MATMUL_SHARE = 0.6
-TILE_US = 0.7  # from a tile's scores to the next one's, and
+MATMUL_TFLOPS = 770.0
+MATMUL_SHARE = 0.79
+TILE_US = 0.5  # from a tile's scores to the next one's, and
 TURN_US = 0.3  # more for every CTA that shares the SM
 
 
