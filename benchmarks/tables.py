@@ -130,6 +130,7 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
         "an H200": functools.partial(plain_table, suites=("llama2", "per-head", "deepseek")),
         "source of an H200": functools.partial(source, suite="llama2"),
         "small latents on an H200": functools.partial(plain_table, suites=("small-latent",)),
+        "source of small latents on an H200": functools.partial(source, suite="small-latent"),
     },
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "kernels.md")
