@@ -28,7 +28,8 @@ from flexmla.tiling import (
 )
 
 PLAN_MODULE = importlib.import_module("flexmla.plan")  # the package's attribute of this name is the function
-H100 = DeviceRecord((9, 0), 132, "H100")
+H100 = DeviceRecord((9, 0), 132, "H100", memory_gb_s=3352)
+H200 = DeviceRecord((9, 0), 132, "H200", memory_gb_s=4916)
 SMALLER = DeviceRecord((9, 0), 78, "a Hopper GPU with fewer SMs")
 N_HEADS = (1, 2, 3, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 160)
 
@@ -178,9 +179,7 @@ def test_small_pages_are_loaded_once() -> None:
 
 
 def test_fast_memory_is_read_once() -> None:
-    h200 = DeviceRecord((9, 0), 132, "H200", memory_gb_s=4916)
-    h100 = DeviceRecord((9, 0), 132, "H100", memory_gb_s=3352)
-    for device, block_h in ((h200, 32), (h100, 16), (h200, 32)):
+    for device, block_h in ((H200, 32), (H100, 16), (H200, 32)):
         made = make_plan(MLAShape(32, 1, 512, 16), 64, 8192, dtype=torch.float16, device=device)
         assert Tiling.from_ints(made.tiling).block_h == block_h
 
@@ -212,6 +211,50 @@ def test_small_latents_share_an_sm() -> None:
     wider = tile(MLAShape(15, 5, 40, 8), 64, 8192, 132)
     assert wider is not None
     assert wider.ctas_per_sm == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "ctas_per_sm", "stages"),
+    [
+        (MLAShape(15, 5, 40, 8), 3, 4),
+        (MLAShape(32, 1, 128, 32), 2, 4),
+        (MLAShape(24, 1, 96, 64), 2, 3),  # three CTAs would have one
+        (MLAShape(16, 1, 256, 16), 1, 4),
+    ],
+)
+def test_more_ctas_share_an_sm_where_memory_is_fast(shape: MLAShape, ctas_per_sm: int, stages: int) -> None:
+    tiling = tile(shape, 64, 8192, 132, fast=True)
+    slower = tile(shape, 64, 8192, 132)
+    assert tiling is not None
+    assert slower is not None
+    assert (tiling.ctas_per_sm, tiling.stages, slower.ctas_per_sm) == (ctas_per_sm, stages, 1)
+    assert tiling.ctas_per_sm * (used_memory(shape, tiling) + SMEM_RESERVED) <= SMEM_PER_SM
+    gathered = tile(shape, 64, 8192, 132, once=True, fast=True)  # three gathering warps, but of one CTA an SM
+    assert gathered is not None
+    assert gathered.ctas_per_sm == 1
+
+
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_queries_that_fill_registers_are_halved_to_share_an_sm_where_memory_is_fast(q_len: int) -> None:
+    shape = MLAShape(64 // q_len, 1, 128, 16)
+    tiling, slower = (tile(shape, 64, 8192, 132, q_len, fast=fast) for fast in (True, False))
+    assert tiling is not None
+    assert slower is not None
+    assert (tiling.block_h * q_len, tiling.ctas_per_sm) == (32, 2)
+    assert (slower.block_h * q_len, slower.ctas_per_sm) == (64, 1)
+
+
+@pytest.mark.parametrize("device", [H100, H200])
+def test_a_row_is_not_cut_into_more_states_than_are_worth_merging(device: DeviceRecord) -> None:
+    workers = {}
+    for dv in (128, 512):
+        for max_len in (64, 8192, 32768, 131072):
+            made = make_plan(MLAShape(16, 1, dv, 16), 1, max_len, dtype=torch.float16, device=device)
+            workers[dv, max_len // 64] = Tiling.from_ints(made.tiling).workers
+    assert workers == {
+        (128, 1): 1, (128, 128): 88, (128, 512): 88, (128, 2048): 128,
+        (512, 1): 1, (512, 128): 88, (512, 512): 88, (512, 2048): 88,
+    }  # fmt: skip
 
 
 def test_small_tokens_use_all_sms_and_large_ones_leave_rows_whole() -> None:

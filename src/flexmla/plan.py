@@ -12,7 +12,7 @@ from .shape import PLAIN, MLAShape, Scoring
 from .tiling import BLOCK_N, tile
 
 HOPPER = (9, 0)
-HALVES_UP_TO = 4000  # GB/s of memory: with more, reading the latent again from L2 costs more than a third tile gives
+FAST_MEMORY = 4000  # GB/s, between an H100's and an H200's
 MAX_DV = 2048
 MAX_D_PE = 256
 MAX_BATCH = 65535  # the second dimension of a grid
@@ -35,6 +35,11 @@ class DeviceRecord:
     sm_count: int
     name: str = field(default="", compare=False)
     memory_gb_s: float = field(default=0, compare=False)
+
+    @property
+    def fast_memory(self) -> bool:
+        """Whether the memory is little slower than L2, as on an H200."""
+        return self.memory_gb_s > FAST_MEMORY
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _plan(
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
     gathered = page_size is not None and page_size < BLOCK_N
-    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered or fast_memory, scoring)
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered, scoring, fast_memory)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 
@@ -234,6 +239,5 @@ def plan_scored(
         max_len = -(-max_len // page_size) * page_size
     record = device_record(device)
     lacks = tilelang_lacks(shape, dtype, record, q_len=q_len, page_size=page_size, batch=batch, scoring=scoring)
-    fast_memory = record.memory_gb_s > HALVES_UP_TO
     installed = lacks is None and tilelang_installed()
-    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, fast_memory, lacks, installed, scoring)
+    return _plan(shape, batch, max_len, q_len, page_size, dtype, record, record.fast_memory, lacks, installed, scoring)

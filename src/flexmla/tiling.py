@@ -14,7 +14,8 @@ SMEM_PER_SM = 233472
 SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
 ALIGNMENT = 1024  # of tiles
 BARRIER_BYTES = ALIGNMENT  # a few, but what comes before tiles is as long as their alignment
-SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread
+SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread, at least
+SHARED_SCRATCH_REGISTERS = 64  # the same where CTAs share an SM, whose compiler has none to spare
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 BLOCK_N = 64
@@ -28,9 +29,12 @@ GOOD_STAGES = 3
 MAX_CTAS_PER_SM = 3
 # By `flexmla bench --search models` on an H100: how many bytes a CTA loads of a token decides what suits it.
 SHARED_SM_UP_TO = 144  # CTAs share an SM
+SHARED_SM_UP_TO_FAST = 320  # the same with fast memory (by an H200), where a tile's chain outlasts its load
 CUT_ROWS_UP_TO = 512  # work on all SMs is worth cutting full rows
 HALVES_FROM = 600  # two groups of heads, where their products are smaller, beat one
 LEAST_SHARE = 8  # tiles of a CTA that shares an SM
+MOST_STATES = 88  # of a row: merging more takes longer than the CTAs save,
+TILES_A_STATE = 16  # unless each has so many tiles, and these are small
 FAMILIES = ("few_heads", "many_heads")
 
 
@@ -171,11 +175,13 @@ def _workers(most: int, ctas: int, batch: int, row_tiles: int, token_bytes: int)
 
     Memory-bound work loses nothing by a few idle SMs, while a worker that ends one row and begins another stops loading
     for the time of an epilogue, and each cut adds a partial state. Small tokens gain more from the SMs. Short shares
-    are not worth a CTA beside another on an SM.
+    are not worth a CTA beside another on an SM, nor a state more of a row that has many.
     """
     tiles = max(1, batch * row_tiles)
-    most = max(1, min(most, tiles, max(most // ctas, tiles // LEAST_SHARE)))
-    if token_bytes <= CUT_ROWS_UP_TO:
+    small = token_bytes <= CUT_ROWS_UP_TO
+    states = max(MOST_STATES, row_tiles // TILES_A_STATE) if small else MOST_STATES
+    most = max(1, min(most, tiles, max(most // ctas, tiles // LEAST_SHARE), batch * states))
+    if small:
         return most
     for workers in range(most, int(most * LEAST_BUSY), -1):
         chunk = -(-tiles // workers)
@@ -194,17 +200,18 @@ def _merge(shape: MLAShape, batch: int, q_len: int, workers: int, sm_count: int)
 
 
 def _tilings(
-    shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int, scoring: Scoring
+    shape: MLAShape, sm_count: int, batch: int, max_len: int, q_len: int, scoring: Scoring, fast: bool
 ) -> Iterator[Tiling]:
     """Candidate tilings, the best first."""
+    shared_up_to, pair_stages = (SHARED_SM_UP_TO_FAST, GOOD_STAGES) if fast else (SHARED_SM_UP_TO, MAX_STAGES)
     for parts in range(_least_parts(shape), MAX_PARTS + 1):
         candidates = list(_candidates(shape, q_len, parts, scoring))
         for least_stages, (family, block_h) in itertools.product((2, 1), candidates):
             for ctas in _ctas_per_sm(family, parts):
-                if ctas > 1 and _token_bytes(shape, block_h) > SHARED_SM_UP_TO:
+                if ctas > 1 and _token_bytes(shape, block_h) > shared_up_to:
                     continue
                 # CTAs that share an SM hide each other's latencies, but not too few tiles in flight
-                wanted = MAX_STAGES if ctas > 1 else least_stages
+                wanted = (least_stages, pair_stages, MAX_STAGES)[ctas - 1]
                 fitting = _fitting(shape, sm_count, batch, max_len, q_len, scoring, family, block_h, ctas, parts)
                 for tiling in fitting:
                     if tiling.stages >= wanted:
@@ -274,7 +281,8 @@ def _fitting(
 ) -> Iterator[Tiling]:
     """Tilings of one kind that fit an SM, those with the most stages first."""
     registers = _registers(shape, family, block_h * q_len, BLOCK_N, parts)
-    if registers + SCRATCH_REGISTERS > registers_per_thread(family, ctas):
+    scratch = SHARED_SCRATCH_REGISTERS if ctas > 1 else SCRATCH_REGISTERS
+    if registers + scratch > registers_per_thread(family, ctas):
         return
     limit = min(SMEM_PER_CTA, SMEM_PER_SM // ctas - SMEM_RESERVED)
     for stages in range(MAX_STAGES, 0, -1):
@@ -312,30 +320,34 @@ def tile(
     q_len: int = 1,
     once: bool = False,
     scoring: Scoring = PLAIN,
+    fast: bool = False,
 ) -> Tiling | None:
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM.
 
     Args:
-        once: whether the latent is not to be read again for a third tile in flight: where tiles are loaded token by
-            token, or where L2 is little faster than the memory.
+        once: whether tiles are loaded token by token, so that the latent is not to be read again for a third tile.
         scoring: what is done to scores.
+        fast: whether the memory is little slower than L2, so that latents are not read again either.
     """
 
     def tilings() -> Iterator[Tiling]:
-        return _tilings(shape, sm_count, batch, max_len, q_len, scoring)
+        return _tilings(shape, sm_count, batch, max_len, q_len, scoring, fast and not once)
 
     best = next(tilings(), None)
     if best is None or once or best.parts > 1 or best.block_h < shape.n_heads:
         return best
+    half = -(-shape.n_heads // 2)
+    whole = itertools.takewhile(lambda t: t.parts == 1, tilings())
+    halves = (t for t in whole if (t.family, t.block_h) == ("few_heads", half))
+    if fast:  # tokens small enough for CTAs to share an SM, but too many queries: two groups
+        alone_by_queries = best.ctas_per_sm == 1 and _token_bytes(shape, shape.n_heads) <= SHARED_SM_UP_TO_FAST
+        return next((t for t in halves if alone_by_queries and t.ctas_per_sm > 1), best)
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; so are, for
     # large tokens, smaller products where they are no more together. More groups are not.
-    half = -(-shape.n_heads // 2)
     padded = padded_queries(best.family, shape.n_heads)
     smaller = (
         q_len == 1 and _token_bytes(shape, half) >= HALVES_FROM and 2 * padded_queries("few_heads", half) <= padded
     )
     more_tiles = best.family == "few_heads" and best.stages < GOOD_STAGES
     least_stages = 2 if smaller else GOOD_STAGES if more_tiles else MAX_STAGES + 1
-    alone = itertools.takewhile(lambda t: t.parts == 1, tilings())
-    halves = (t for t in alone if (t.family, t.block_h) == ("few_heads", half) and t.ctas_per_sm == 1)
-    return next((t for t in halves if t.stages >= least_stages), best)
+    return next((t for t in halves if t.ctas_per_sm == 1 and t.stages >= least_stages), best)

@@ -18,9 +18,9 @@ ONCE = {"contiguous": [False], "pages": [False], "gather": [True], "scalar": [Fa
 def compile_all(specialisations: Iterable[Specialisation]) -> None:
     from flexmla.backends.tilelang.compile import prebuild
 
-    sm_count = device_record("cuda").sm_count
+    device = device_record("cuda")
     jobs = [
-        (s, tile(s.shape, 64, 8192, sm_count, s.q_len, once, s.scoring))
+        (s, tile(s.shape, 64, 8192, device.sm_count, s.q_len, once, s.scoring, device.fast_memory))
         for s in specialisations
         for once in ONCE[s.loader]
     ]

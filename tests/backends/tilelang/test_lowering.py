@@ -101,11 +101,32 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     missing = missing_compilers()
     if missing:
         pytest.skip(f"no spill check without {' and '.join(missing)}")
-    report = ptxas_report(source, tmp_path)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == 2, report  # the decode kernel and the combine
-    assert set(spills) == {("0", "0")}, report
-    assert "wgmma.mma_async" not in report, report  # ptxas warns where it had to serialise them
+    assert_no_spills(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "q_len", "scoring"),
+    [
+        (MLAShape(24, 1, 96, 64), 1, PLAIN),
+        (MLAShape(48, 1, 128, 16), 1, PLAIN),
+        (MLAShape(32, 1, 128, 16), 2, PLAIN),
+        (MLAShape(32, 1, 96, 32), 1, Scoring(True, 1, torch.float32)),
+    ],
+    ids=str,
+)
+def test_ctas_that_share_an_sm_with_fast_memory_have_registers_enough(
+    shape: MLAShape, q_len: int, scoring: Scoring, tmp_path: Path
+) -> None:
+    from flexmla.backends.tilelang.compile import lower_source, missing_compilers
+
+    tiling = tile(shape, 64, 8192, 132, q_len, scoring=scoring, fast=True)
+    assert tiling is not None
+    assert tiling.ctas_per_sm == 2
+    source, _ = lower_source(Specialisation(shape, torch.bfloat16, q_len, "pages", scoring), tiling)
+    missing = missing_compilers()
+    if missing:
+        pytest.skip(f"no spill check without {' and '.join(missing)}")
+    assert_no_spills(source, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +149,14 @@ def test_gathering_warps_stop_at_the_last_chunk(
     assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
     guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
     assert guards == tuple(n for n in chunks if n is not None)
+
+
+def assert_no_spills(source: str, folder: Path) -> None:
+    report = ptxas_report(source, folder)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 2, report  # the decode kernel and the combine
+    assert set(spills) == {("0", "0")}, report
+    assert "wgmma.mma_async" not in report, report  # ptxas warns where it had to serialise them
 
 
 def ptxas_report(source: str, folder: Path) -> str:
