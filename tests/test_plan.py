@@ -218,7 +218,7 @@ def test_small_latents_share_an_sm() -> None:
     [
         (MLAShape(15, 5, 40, 8), 3, 4),
         (MLAShape(32, 1, 128, 32), 2, 4),
-        (MLAShape(24, 1, 96, 64), 2, 3),  # three CTAs would have one
+        (MLAShape(24, 1, 96, 64), 2, 3),  # three CTAs would have two
         (MLAShape(16, 1, 256, 16), 1, 4),
     ],
 )
