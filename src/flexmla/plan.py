@@ -168,7 +168,7 @@ def _plan(
     page_size: int | None,
     dtype: torch.dtype,
     record: DeviceRecord,
-    fast_memory: bool,
+    fast_memory: bool,  # the record's, by which records that are equal may differ
     lacks: str | None,
     installed: bool,
     scoring: Scoring,

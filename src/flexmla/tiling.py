@@ -15,7 +15,7 @@ SMEM_RESERVED = 1024  # what the runtime keeps for itself of each CTA's share
 ALIGNMENT = 1024  # of tiles
 BARRIER_BYTES = ALIGNMENT  # a few, but what comes before tiles is as long as their alignment
 SCRATCH_REGISTERS = 40  # addresses and scalars of a consumer thread, at least
-SHARED_SCRATCH_REGISTERS = 64  # the same where CTAs share an SM, whose compiler has none to spare
+SHARED_SCRATCH_REGISTERS = 64  # the same where CTAs share an SM: with 40 some spilled
 LEAST_BUSY = 0.95  # share of the SMs that must have work
 MERGE_WARPS = 32  # warps of the merge an SM: about what is resident at once
 BLOCK_N = 64
@@ -33,7 +33,7 @@ SHARED_SM_UP_TO_FAST = 320  # the same with fast memory (by an H200), where a ti
 CUT_ROWS_UP_TO = 512  # work on all SMs is worth cutting full rows
 HALVES_FROM = 600  # two groups of heads, where their products are smaller, beat one
 LEAST_SHARE = 8  # tiles of a CTA that shares an SM
-MOST_STATES = 88  # of a row: merging more takes longer than the CTAs save,
+MOST_STATES = 88  # of a row (by an H200): merging more takes longer than the CTAs save,
 TILES_A_STATE = 16  # unless each has so many tiles, and these are small
 FAMILIES = ("few_heads", "many_heads")
 
