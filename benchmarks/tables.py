@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from targets import targets_table
 
 from flexmla.bench.peers import TORCH_BACKEND
 from flexmla.bench.report import FLOOR, Row, plot
@@ -125,15 +126,17 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
         "source of llama2": functools.partial(source, suite="llama2", beside=BESIDE),
         "models": models_table,
         "source of models": functools.partial(source, suite="models"),
+        "targets on an H100": functools.partial(targets_table, gpu="h100"),
     },
     "h200": {
         "an H200": functools.partial(plain_table, suites=("llama2", "per-head", "deepseek")),
         "source of an H200": functools.partial(source, suite="llama2"),
         "small latents on an H200": functools.partial(plain_table, suites=("small-latent",)),
         "source of small latents on an H200": functools.partial(source, suite="small-latent"),
+        "targets on an H200": functools.partial(targets_table, gpu="h200"),
     },
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("models", "kernels", "targets")))
 
 
 def filled(text: str, found: list[Row], gpu: str = "h100") -> str:

@@ -39,6 +39,9 @@ SPECIALISATIONS = (
     Specialisation(MLAShape(16, 16, 2048, 16), BF16, 4, "gather"),
     Specialisation(MLAShape(16, 8, 512, 32), FP16, 1, "pages", Scoring(True, 8, torch.float32)),
     Specialisation(MLAShape(32, 1, 512, 16, 200), FP16, 1, "gather", Scoring(False, 1, FP16)),
+    Specialisation(MLAShape(32, 32, 512, 16), FP16, 1, "pages_of_16"),
+    Specialisation(MLAShape(16, 8, 256, 32, 64), BF16, 2, "pages_of_16", Scoring(True, 8, torch.float32)),
+    Specialisation(MLAShape(96, 1, 512, 64), BF16, 1, "pages_of_16"),
     Specialisation(MLAShape(40, 8, 192, 20, 64), BF16, 2, "scalar", Scoring(True, 8, BF16)),
 )
 CASES_EACH = 3

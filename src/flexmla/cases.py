@@ -20,10 +20,11 @@ GARBAGE_PAGES = (-1, 2147480000)  # what engines leave in the unused entries of 
 
 # Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin.
 LOADERS: dict[str, tuple[tuple[int | None, ...], int]] = {
+    "pages_of_16": ((16, 32), 0),
     "contiguous": ((None,), 0),
     "pages": ((64, 128, 256), 0),
-    "gather": ((1, 2, 4, 8, 16, 32), 0),
     "scalar": ((None, 1, 2, 4, 8, 16, 32, 64, 128, 256), 1),
+    "gather": ((1, 2, 4, 8), 0),
 }
 
 

@@ -179,8 +179,8 @@ def _plan(
     if not installed:
         install = "torch backend: TileLang is not installed (pip install 'flexmla[tilelang]')"
         return DecodePlan(*bounds, "torch", install)
-    gathered = page_size is not None and page_size < BLOCK_N
-    tiling = tile(shape, batch, max_len, record.sm_count, q_len, gathered, scoring, fast_memory)
+    small_pages = page_size is not None and page_size < BLOCK_N
+    tiling = tile(shape, batch, max_len, record.sm_count, q_len, small_pages, scoring, fast_memory)
     assert tiling is not None, "tilelang_lacks has found a tile for this shape"
     return DecodePlan(*bounds, "tilelang", "TileLang takes this shape on compute capability 9.0", tiling.ints())
 

@@ -84,13 +84,18 @@ class Scoring(NamedTuple):
 PLAIN = Scoring()
 
 
+# The loaders that copy pages by TMA, so many tokens at once: a tile, or what the smallest of their pages holds.
+LEAST_PAGE = {"pages": 64, "pages_of_16": 16}
+BY_TMA = ("contiguous", *LEAST_PAGE)
+
+
 class Specialisation(NamedTuple):
     """What is compiled into a kernel, besides its tile.
 
     Attributes:
         dtype: of queries, caches and outputs.
         q_len: query tokens a row.
-        loader: how the caches lie in memory. By TMA come those that are `contiguous` or in `pages` of at least a tile,
+        loader: how the caches lie in memory. By TMA come those that are `contiguous` or in pages as LEAST_PAGE says,
             others token by token (`gather`), or element by element where they are not aligned (`scalar`).
     """
 

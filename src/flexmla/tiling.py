@@ -103,8 +103,8 @@ def padded_queries(family: str, block_q: int) -> int:
 
 
 def loader_warps(family: str, ctas_per_sm: int, gathered: bool) -> int:
-    """Warps that load tiles: one starts what the TMA unit copies; gathering takes three where registers allow it."""
-    return 3 if gathered and family == "few_heads" and ctas_per_sm == 1 else 1
+    """Warps that load tiles: one starts what the TMA unit copies; gathering takes three in a CTA that is alone."""
+    return 3 if gathered and ctas_per_sm == 1 else 1
 
 
 def threads_per_cta(family: str, loaders: int = 1) -> int:
@@ -325,16 +325,16 @@ def tile(
     """Kernel family, tile and grid for a shape; None where no tile of it fits an SM.
 
     Args:
-        once: whether tiles are loaded token by token, so that the latent is not to be read again for a third tile.
+        once: whether pages are small, so that the latent is not to be read again for a third tile.
         scoring: what is done to scores.
-        fast: whether the memory is little slower than L2, so that latents are not read again either.
+        fast: whether the memory is little slower than L2, so that latents are not read again in any case.
     """
 
     def tilings() -> Iterator[Tiling]:
-        return _tilings(shape, sm_count, batch, max_len, q_len, scoring, fast and not once)
+        return _tilings(shape, sm_count, batch, max_len, q_len, scoring, fast)
 
     best = next(tilings(), None)
-    if best is None or once or best.parts > 1 or best.block_h < shape.n_heads:
+    if best is None or best.parts > 1 or best.block_h < shape.n_heads:
         return best
     half = -(-shape.n_heads // 2)
     whole = itertools.takewhile(lambda t: t.parts == 1, tilings())
@@ -342,6 +342,8 @@ def tile(
     if fast:  # tokens small enough for CTAs to share an SM, but too many queries: two groups
         alone_by_queries = best.ctas_per_sm == 1 and _token_bytes(shape, shape.n_heads) <= SHARED_SM_UP_TO_FAST
         return next((t for t in halves if alone_by_queries and t.ctas_per_sm > 1), best)
+    if once:
+        return best
     # A third tile in flight is worth cutting the heads in two groups, which share the latent in L2; so are, for
     # large tokens, smaller products where they are no more together. More groups are not.
     padded = padded_queries(best.family, shape.n_heads)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tables
 
 from flexmla.bench.suites import SUITES
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-assert spec is not None
-assert spec.loader is not None
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)

@@ -11,8 +11,8 @@ from flexmla.plan import device_record
 from flexmla.shape import Specialisation
 from flexmla.tiling import tile
 
-# Whether a call of the loader may be one with small pages, whose tiles are loaded once.
-ONCE = {"contiguous": [False], "pages": [False], "gather": [True], "scalar": [False, True]}
+# Whether a call of the loader may be one with small pages, those of less than a tile.
+SMALL = {"contiguous": [False], "pages": [False], "pages_of_16": [True], "gather": [True], "scalar": [False, True]}
 
 
 def compile_all(specialisations: Iterable[Specialisation]) -> None:
@@ -22,7 +22,7 @@ def compile_all(specialisations: Iterable[Specialisation]) -> None:
     jobs = [
         (s, tile(s.shape, 64, 8192, device.sm_count, s.q_len, once, s.scoring, device.fast_memory))
         for s in specialisations
-        for once in ONCE[s.loader]
+        for once in SMALL[s.loader]
     ]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
         problems = [problem for problem in pool.map(prebuild, *zip(*jobs, strict=True)) if problem]

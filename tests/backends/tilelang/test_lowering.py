@@ -40,6 +40,10 @@ CASES = [
     (MLAShape(9, 3, 24, 8), torch.float16, 1, "contiguous"),
     (MLAShape(1, 1, 8, 2), torch.bfloat16, 1, "scalar"),
     (MLAShape(15, 5, 160, 8), torch.bfloat16, 4, "gather"),
+    (MLAShape(32, 32, 512, 16), torch.float16, 1, "pages_of_16"),
+    (MLAShape(9, 3, 24, 8), torch.bfloat16, 4, "pages_of_16"),
+    (MLAShape(128, 1, 512, 64), torch.bfloat16, 1, "pages_of_16"),
+    (MLAShape(16, 8, 520, 32, 64), torch.float16, 1, "pages_of_16", Scoring(True, 8, torch.float16)),
     (MLAShape(32, 32, 1024, 16), torch.float16, 1, "contiguous"),
     (MLAShape(32, 32, 2048, 16), torch.bfloat16, 1, "pages"),
     (MLAShape(16, 16, 1536, 8), torch.float16, 4, "gather", Scoring(True, 16, torch.float16)),
@@ -58,7 +62,7 @@ IDS = [
 
 
 def planned(shape: MLAShape, q_len: int = 1, scoring: Scoring = PLAIN, loader: str = "contiguous") -> Tiling:
-    tiling = tile(shape, 64, 8192, 132, q_len, loader == "gather", scoring)
+    tiling = tile(shape, 64, 8192, 132, q_len, loader in ("pages_of_16", "gather"), scoring)
     assert tiling is not None
     return tiling
 
@@ -126,9 +130,10 @@ def test_ctas_that_share_an_sm_with_fast_memory_have_registers_enough(
 @pytest.mark.parametrize(
     ("shape", "loader", "chunks"),
     [
-        (MLAShape(12, 4, 512, 32), "gather", (8, 2)),  # of 32 tokens' latents, and of their rotary keys
-        (MLAShape(20, 5, 128, 32), "gather", (2, None)),
-        (MLAShape(32, 32, 192, 32), "scalar", (None, 64)),
+        (MLAShape(12, 4, 512, 32), "gather", (16, 4)),  # of 32 tokens' latents, and of their rotary keys
+        (MLAShape(20, 5, 128, 32), "gather", (4, None)),
+        (MLAShape(32, 32, 192, 32), "scalar", (None, 128)),
+        (MLAShape(128, 1, 512, 64), "gather", (16, 2)),
     ],
     ids=str,
 )
@@ -139,7 +144,7 @@ def test_gathering_warps_stop_at_the_last_chunk(
     from flexmla.backends.tilelang.compile import lower_source
 
     source, _ = lower_source(Specialisation(shape, torch.float16, 1, loader), planned(shape, loader=loader))
-    gathering = source[source.index("int my_page") : source.index("full[((int64_t)stage_1)].arrive()")]
+    gathering = source[source.index("ckv_at[half") : source.index("full[((int64_t)stage_1)].arrive()")]
     assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
     guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
     assert guards == tuple(n for n in chunks if n is not None)

@@ -96,6 +96,8 @@ class Engine:
     [
         (MLAShape(16, 1, 512, 64), 64, 2),
         (MLAShape(16, 1, 512, 64), 16, 1),
+        (MLAShape(32, 32, 512, 16), 8, 1),
+        (MLAShape(16, 1, 512, 64), 1, 1),
         (MLAShape(32, 32, 512, 16), 0, 1),
         (MLAShape(64, 1, 512, 64), 0, 1),
         (MLAShape(128, 1, 512, 64), 64, 1),
@@ -151,7 +153,7 @@ def test_two_processes_compile_the_same_kernel_at_once(tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, timeout=300)  # from the cache that both have written
 
 
-@pytest.mark.parametrize("page_size", [64, 16, 0])
+@pytest.mark.parametrize("page_size", [64, 16, 4, 0])
 def test_caches_of_more_than_two_to_the_31_elements(page_size: int) -> None:
     shape, n_rows = MLAShape(16, 1, 512, 64), 2**31 // 576 + 4096
     if torch.cuda.mem_get_info()[0] < n_rows * 576 * 2 + 2**30:

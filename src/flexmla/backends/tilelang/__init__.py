@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shape import PLAIN, MLAShape, Scoring, Specialisation
+from ...shape import BY_TMA, LEAST_PAGE, PLAIN, MLAShape, Scoring, Specialisation
 from ...tiling import Tiling
 from .compile import kernel
 
@@ -63,7 +63,7 @@ class Launch:
         elif kpe_cache.shape[2] == 1:
             if kpe_cache.stride(2) != kpe_cache.shape[3]:  # any number is right for one key, but not for TMA
                 kpe_cache = kpe_cache.squeeze(2).unsqueeze(2)
-        elif self.loader in ("contiguous", "pages"):
+        elif self.loader in BY_TMA:
             kpe_cache = kpe_cache.flatten(2)
         scoring: tuple[Any, ...] = ()
         if self.scored:
@@ -234,9 +234,9 @@ def _loader(ckv: Tensor, kpe: Tensor | None, v: Tensor | None, paged: bool) -> s
             by_tma = by_tma and kpe.stride(2) == d_pe
     if (places | steps * ckv.element_size()) & 15:
         return "scalar"
-    if not by_tma or (paged and ckv.shape[1] < 64):
-        return "gather"
-    return "pages" if paged else "contiguous"
+    if by_tma and not paged:
+        return "contiguous"
+    return next((loader for loader, least in LEAST_PAGE.items() if by_tma and least <= ckv.shape[1]), "gather")
 
 
 def _is_dense(result: Tensor) -> bool:

@@ -22,7 +22,7 @@ def registers(spec):
 
     Wide outputs take what there is; producers that gather need more than those that start what the TMA unit copies.
     """
-    most = registers_per_thread(spec.family, 1) - (8 if spec.vector > 0 else 0)
+    most = registers_per_thread(spec.family, 1) - (16 if spec.vector > 0 else 0)
     consumer = {512: most, 384: 200}.get(spec.k, 184)
     return consumer, 3 * 168 - 2 * consumer
 

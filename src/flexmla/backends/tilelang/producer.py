@@ -1,16 +1,21 @@
 """The producer warps of a decode CTA: one streams cache tiles, one fetches queries a row ahead of need.
 
-Cache tiles come by TMA where rows are aligned and a tile lies inside one page, else token by token (`gather_tiles`).
+Cache tiles come by TMA where rows are aligned and pages hold at least sixteen tokens, else token by token
+(`gather_tiles`). A tile that does not lie inside one page is copied in boxes that do.
 """
 
+from math import gcd
 from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from ...tiling import PANEL
 from .schedule import row_span
 
-# Copies of a lane that are written out side by side, so that their latencies overlap; as many as registers allow.
-TOGETHER = {"few_heads": 8, "many_heads": 2}
+# Copies of a lane that are written out side by side: few, so that a tile's copies are shared out evenly over the warps.
+TOGETHER = 4
+# The place of a token that is not there: cp.async reads nothing, but may want an address that is aligned.
+NOWHERE = -8
 
 
 class Caches(NamedTuple):
@@ -63,7 +68,9 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
             stage = step % stages
             page = row
             slot = (begin // block_n + tile + j) * block_n
-            if caches.paged:
+            if spec.boxes > 1:
+                find_boxes(spec, caches, lane, row, slot, begin, length, page)
+            elif caches.paged:
                 page = caches.block_table[row, T.shift_right(slot, caches.log_page)]
                 slot = slot & (T.shift_left(1, caches.log_page) - 1)
             if spec.chunks > 1:
@@ -77,18 +84,16 @@ def stream_tiles(spec, caches, rows, sh, lane, row: T.Ref, tile: T.Ref, left: T.
                     stream_rope(spec, caches, sh, stage, 0, page, slot)
                 stream_chunk(spec, caches, sh, stage, 0, page, slot)
             if spec.v > 0:
-                T.tma_copy(
-                    caches.v[page, slot : slot + block_n, caches.v0 : caches.v0 + spec.v],
-                    sh.v[stage, :, :],
-                    barrier=sh.full[stage * spec.chunks],
-                    leader_scope_threads=32,
-                    eviction_policy=eviction(spec),
-                )
+                stream_columns(spec, caches, caches.v, caches.v0, sh, sh.v, 0, spec.v, stage, 0, page, slot)
             if spec.scales > 0:
                 for half in T.unroll(block_n // 32):
+                    token = half * 32 + lane
+                    owner = page
+                    if spec.boxes > 1:
+                        owner = T.shfl_sync(page, token // box_tokens(spec))
                     fetch_scales(
-                        spec, caches, sh.scale, stage, half * 32 + lane, page, slot + half * 32 + lane,
-                        (begin // block_n + tile + j) * block_n + half * 32 + lane, begin, length,
+                        spec, caches, sh.scale, stage, token, owner, in_page(spec, caches, slot + token),
+                        (begin // block_n + tile + j) * block_n + token, begin, length,
                     )  # fmt: skip
             if spec.chunks == 1:
                 T.mbarrier_arrive(sh.full[stage])
@@ -120,39 +125,75 @@ def stream_halves(owner, spec, caches, sh, stage, parity, page: T.Ref, slot: T.R
             T.mbarrier_arrive(sh.full[stage * spec.chunks + c])
 
 
+def box_tokens(spec):
+    """Tokens that one copy takes."""
+    return spec.block_n // spec.boxes
+
+
+def in_page(spec, caches, slot):
+    """The place in its page of a slot that may lie past the page."""
+    return slot & (T.shift_left(1, caches.log_page) - 1) if spec.boxes > 1 else slot
+
+
+@T.macro
+def find_boxes(spec, caches, lane, row, slot, begin, length, page: T.Ref):
+    """Lane i gets the page of box i, or -1, which TMA fills with zeros, where none of its slots is visible."""
+    first = slot + lane * box_tokens(spec)
+    page = -1
+    if lane < spec.boxes and first < length and first + box_tokens(spec) > begin:
+        page = caches.block_table[row, T.shift_right(first, caches.log_page)]
+
+
 @T.macro
 def stream_rope(spec, caches, sh, stage, chunk, page: T.Ref, slot: T.Ref):
     """Starts the copy of a tile's rotary keys, which come with a chunk of its columns."""
-    rope = spec.rope
-    if len(caches.kpe.shape) == 4:
-        T.tma_copy(
-            caches.kpe[page, slot : slot + spec.block_n, 0, caches.rope0 : caches.rope0 + rope],
-            sh.kpe[stage, :, :],
-            barrier=sh.full[stage * spec.chunks + chunk],
-            leader_scope_threads=32,
-            eviction_policy=eviction(spec),
-        )
-    else:
-        T.tma_copy(
-            caches.kpe[page, slot : slot + spec.block_n, caches.rope0 : caches.rope0 + rope],
-            sh.kpe[stage, :, :],
-            barrier=sh.full[stage * spec.chunks + chunk],
-            leader_scope_threads=32,
-            eviction_policy=eviction(spec),
-        )
+    stream_columns(spec, caches, caches.kpe, caches.rope0, sh, sh.kpe, 0, spec.rope, stage, chunk, page, slot)
 
 
 @T.macro
 def stream_chunk(spec, caches, sh, stage, chunk, page: T.Ref, slot: T.Ref):
     """Starts the copy of a chunk of a tile's columns."""
     wide = spec.k // spec.chunks
-    T.tma_copy(
-        caches.ckv[page, slot : slot + spec.block_n, caches.k0 + chunk * wide : caches.k0 + (chunk + 1) * wide],
-        sh.ckv[stage, :, chunk * wide : (chunk + 1) * wide],
-        barrier=sh.full[stage * spec.chunks + chunk],
-        leader_scope_threads=32,
-        eviction_policy=eviction(spec),
-    )
+    first = chunk * wide
+    stream_columns(spec, caches, caches.ckv, caches.k0 + first, sh, sh.ckv, first, wide, stage, chunk, page, slot)
+
+
+@T.macro
+def stream_columns(
+    spec, caches, cache, column0, sh, tile_sh, to0, width, stage, chunk, page: T.Ref, slot: T.Ref,
+):  # fmt: skip
+    """Starts the copy of columns `[column0, column0 + width)` of a tile, box by box where its pages are small."""
+    tokens = box_tokens(spec)
+    if spec.boxes == 1:
+        T.tma_copy(
+            region(cache, page, slot, tokens, column0, width),
+            tile_sh[stage, :, to0 : to0 + width],
+            barrier=sh.full[stage * spec.chunks + chunk],
+            leader_scope_threads=32,
+            eviction_policy=eviction(spec),
+        )
+    else:
+        box_page = T.alloc_var(T.int32)
+        box_slot = T.alloc_var(T.int32)
+        for box in T.unroll(spec.boxes):
+            box_page = T.shfl_sync(page, box)
+            box_slot = in_page(spec, caches, slot + box * tokens)
+            for panel in T.unroll(width // min(width, PANEL)):  # rows of one lie side by side
+                at = panel * PANEL
+                T.tma_copy(
+                    region(cache, box_page, box_slot, tokens, column0 + at, min(width, PANEL)),
+                    tile_sh[stage, box * tokens : (box + 1) * tokens, to0 + at : to0 + at + min(width, PANEL)],
+                    barrier=sh.full[stage * spec.chunks + chunk],
+                    leader_scope_threads=32,
+                    eviction_policy=eviction(spec),
+                )
+
+
+def region(cache, page, slot, tokens, column0, width):
+    """Columns of some tokens of a page; of several keys all lie side by side, of one there is a dimension."""
+    if len(cache.shape) == 4:
+        return cache[page, slot : slot + tokens, 0, column0 : column0 + width]
+    return cache[page, slot : slot + tokens, column0 : column0 + width]
 
 
 @T.macro
@@ -181,38 +222,46 @@ def gather_tiles(spec, caches, rows, sh, warps, warp, lane, row: T.Ref, tile: T.
     length = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
     mask = T.alloc_var(T.int32)
+    found = T.alloc_local((2,), T.int32)
     pages = T.alloc_local((2,), T.int32)
+    ckv_at = T.alloc_local((2,), T.int64)
+    kpe_at = T.alloc_local((2,), T.int64)
+    v_at = T.alloc_local((2,), T.int64)
     mask = T.shift_left(1, caches.log_page) - 1
     step = 0
     while left > 0:
         row_span(rows, row, begin, length, tiles)
         count = T.min(tiles - tile, left)
+        first = (begin // block_n + tile) * block_n
+        if count > 0:
+            find_pages(caches, row, first, begin, length, lane, found)
         for j in T.serial(count):
             stage = step % stages
             first = (begin // block_n + tile + j) * block_n
             for half in T.unroll(2):
-                pages[half] = -1
-                if first + half * 32 + lane >= begin and first + half * 32 + lane < length:
-                    pages[half] = caches.block_table[row, T.shift_right(first + half * 32 + lane, caches.log_page)]
-                    if pages[half] >= caches.ckv.shape[0]:
-                        pages[half] = -1
+                pages[half] = T.if_then_else(found[half] < caches.ckv.shape[0], found[half], -1)
+            find_rows(caches.ckv, pages, first, mask, lane, ckv_at)
+            if spec.rope > 0:
+                find_rows(caches.kpe, pages, first, mask, lane, kpe_at)
+            if spec.v > 0:
+                find_rows(caches.v, pages, first, mask, lane, v_at)
+            # a tile ahead, as the numbers come from memory
+            find_pages(caches, row, first + block_n, begin, length, lane, found)
             for half in tuple(range(spec.halves)):
                 T.mbarrier_wait_parity(sh.empty[stage * spec.halves + half], ((step // stages) & 1) ^ 1)
             for half in T.unroll(2):
                 gather_part(
-                    spec, caches.ckv, sh.ckv, pages[half], first, mask, half, stage, spec.k, caches.k0, spec.dv, warps,
-                    warp, lane,
-                )  # fmt: skip
+                    spec, caches.ckv, sh.ckv, ckv_at[half], half, stage, spec.k, caches.k0, spec.dv, warps, warp, lane
+                )
                 if spec.rope > 0:
                     gather_part(
-                        spec, caches.kpe, sh.kpe, pages[half], first, mask, half, stage, spec.rope, caches.rope0,
-                        spec.d_pe, warps, warp, lane,
+                        spec, caches.kpe, sh.kpe, kpe_at[half], half, stage, spec.rope, caches.rope0, spec.d_pe,
+                        warps, warp, lane,
                     )  # fmt: skip
                 if spec.v > 0:
                     gather_part(
-                        spec, caches.v, sh.v, pages[half], first, mask, half, stage, spec.v, caches.v0, spec.width,
-                        warps, warp, lane,
-                    )  # fmt: skip
+                        spec, caches.v, sh.v, v_at[half], half, stage, spec.v, caches.v0, spec.width, warps, warp, lane
+                    )
                 if spec.scales > 0 and warp == half % warps:
                     fetch_scales(
                         spec, caches, sh.scale, stage, half * 32 + lane, pages[half],
@@ -228,54 +277,74 @@ def gather_tiles(spec, caches, rows, sh, warps, warp, lane, row: T.Ref, tile: T.
 
 
 @T.macro
-def gather_part(spec, cache, tile_sh, my_page, first, mask, half, stage, width, column0, per_key, warps, warp, lane):
-    """Copies columns `[column0, column0 + width)` of 32 tokens, zeros past the last; lane i knows token i's page.
+def find_pages(caches, row, first, begin, length, lane, found):
+    """A lane gets the pages of two tokens of a tile, or -1 where they are not visible."""
+    for half in T.unroll(2):
+        found[half] = -1
+        if first + half * 32 + lane >= begin and first + half * 32 + lane < length:
+            found[half] = caches.block_table[row, T.shift_right(first + half * 32 + lane, caches.log_page)]
+
+
+@T.macro
+def find_rows(cache, pages, first, mask, lane, at):
+    """A lane works out for all that copy them where two tokens of a tile lie in a cache, or NOWHERE."""
+    for half in T.unroll(2):
+        at[half] = NOWHERE
+        if pages[half] >= 0:
+            at[half] = pages[half] * cache.strides[0] + ((first + half * 32 + lane) & mask) * cache.strides[1]
+
+
+def rounds(spec, vectors, count):
+    """A loop that nvcc unrolls, so that the latencies of many copies overlap, where registers allow it.
+
+    Those of the producers of `many_heads` do not where the lanes of a copy have several tokens: each has its addresses.
+    """
+    if spec.family == "many_heads" and vectors % 32:
+        return T.unroll(count, annotations={"pragma_unroll_factor": 1})
+    return T.serial(count)
+
+
+@T.macro
+def gather_part(spec, cache, tile_sh, mine, half, stage, width, column0, per_key, warps, warp, lane):
+    """Copies columns `[column0, column0 + width)` of 32 tokens, zeros past the last; lane i knows token i's place.
 
     `per_key` is the width of a key, or of the latent, whose columns are one key's.
     """
     vector = spec.vector
-    page = T.alloc_var(T.int32)
-    together = min(TOGETHER[spec.family], width // vector)
-    chunks = width // vector // together
-    for some in T.serial(-(-chunks // warps)):
+    token_at = T.alloc_var(T.int64)
+    vectors = width // vector
+    together = min(TOGETHER, vectors)
+    pieces = 1 if vectors % 32 else gcd(vectors // 32, together)  # copies next to each other that are of one token
+    chunks = vectors // together
+    for some in rounds(spec, vectors, -(-chunks // warps)):
         chunk = some * warps + (warp + half) % warps  # the warps take turns, and another begins each half
         # a guard: of a loop whose number of rounds, 0 or 1, depends on the warp, TileLang takes it for 1
         if chunk < chunks:
-            for i in T.unroll(together):
-                place = ((chunk * together + i) * 32 + lane) * vector
-                token = place // width
-                column = place % width
-                page = T.shfl_sync(my_page, token)
-                slot = (first + half * 32 + token) & mask
-                if len(cache.shape) == 3:
-                    there = page >= 0
-                    if width > per_key or spec.parts > 1:
-                        there = T.And(page >= 0, column0 + column < per_key)
+            for i in T.unroll(together // pieces):
+                token = (((chunk * together + i * pieces) * 32 + lane) * vector) // width
+                token_at = T.shfl_sync(mine, token)
+                for piece in T.unroll(pieces):
+                    column = (((chunk * together + i * pieces + piece) * 32 + lane) * vector) % width
+                    there = token_at != NOWHERE
+                    key = 0
+                    at = column0 + column
+                    if len(cache.shape) == 4:
+                        key = at // per_key
+                        at = at % per_key
+                        there = T.And(there, key < cache.shape[2])
+                    elif width > per_key or spec.parts > 1:
+                        there = T.And(there, at < per_key)
+                    # the last index takes all of the token's place, which the dimension's bounds do not limit
+                    source = cache[0, 0, key, token_at + at] if len(cache.shape) == 4 else cache[0, 0, token_at + at]
                     if vector > 1:
                         T.ptx_cp_async(
                             T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                            T.access_ptr(cache[page, slot, column0 + column], "r", vector),
+                            T.access_ptr(source, "r", vector),
                             vector,
                             there,
                         )
                     else:
-                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
-                            there, cache[page, slot, column0 + column], 0
-                        )
-                else:
-                    key = (column0 + column) // per_key
-                    known = T.And(page >= 0, key < cache.shape[2])
-                    if vector > 1:
-                        T.ptx_cp_async(
-                            T.access_ptr(tile_sh[stage, half * 32 + token, column], "w", vector),
-                            T.access_ptr(cache[page, slot, key, (column0 + column) % per_key], "r", vector),
-                            vector,
-                            known,
-                        )
-                    else:
-                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(
-                            known, cache[page, slot, key, (column0 + column) % per_key], 0
-                        )
+                        tile_sh[stage, half * 32 + token, column] = T.if_then_else(there, source, 0)
 
 
 @T.macro

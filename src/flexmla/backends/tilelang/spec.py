@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...shape import Specialisation
+from ...shape import BY_TMA, LEAST_PAGE, Specialisation
 from ...tiling import Tiling, keys_per_group, overlaid, padded_queries, part_width, rope_tile_width
 
 CHUNK = 128  # columns of a latent tile that are loaded and multiplied apart from others
@@ -31,6 +31,7 @@ class Spec(NamedTuple):
         halves: shares of a latent tile's columns that are given back one by one: of each warpgroup of `many_heads`.
         chunks: shares of them that are loaded, and waited for, one by one: of `many_heads` some to each half.
         block_n: tokens of a tile.
+        boxes: copies by TMA that a tile's tokens take, each inside one page.
         block_h, block_q: heads and queries of a CTA.
         queries: rows of its query tile, padded.
         n_queries: queries of a batch row.
@@ -58,6 +59,7 @@ class Spec(NamedTuple):
     halves: int
     chunks: int
     block_n: int
+    boxes: int
     block_h: int
     block_q: int
     queries: int
@@ -82,7 +84,7 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
     v = 0 if shape.v_width is None else part_width(shape.v_width, tiling.parts)
     heads = scoring.scale_heads
     halves = 2 if tiling.family == "many_heads" else 1
-    by_tma = loader in ("contiguous", "pages")
+    by_tma = loader in BY_TMA
     return Spec(
         family=tiling.family,
         n_heads=shape.n_heads,
@@ -99,6 +101,7 @@ def specialise(wanted: Specialisation, tiling: Tiling) -> Spec:
         halves=halves,
         chunks=halves * max(1, k // halves // CHUNK) if halves > 1 and by_tma else 1,
         block_n=tiling.block_n,
+        boxes=tiling.block_n // LEAST_PAGE.get(loader, tiling.block_n),
         block_h=tiling.block_h,
         block_q=block_q,
         queries=padded_queries(tiling.family, block_q),
