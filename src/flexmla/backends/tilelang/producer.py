@@ -12,8 +12,9 @@ import tilelang.language as T
 from ...tiling import PANEL
 from .schedule import row_span
 
-# Copies of a lane that are written out side by side: few, so that a tile's copies are shared out evenly over the warps.
-TOGETHER = 4
+# Copies of a lane that are written out side by side, by the elements of one: few of 16 bytes, so that a tile's are
+# shared out evenly over the warps; of single elements, which pass through registers, as many as these allow.
+TOGETHER = {8: 4, 1: 8}
 # The place of a token that is not there: cp.async reads nothing, but may want an address that is aligned.
 NOWHERE = -8
 
@@ -297,9 +298,10 @@ def find_rows(cache, pages, first, mask, lane, at):
 def rounds(spec, vectors, count):
     """A loop that nvcc unrolls, so that the latencies of many copies overlap, where registers allow it.
 
-    Those of the producers of `many_heads` do not where the lanes of a copy have several tokens: each has its addresses.
+    They do not where every copy takes one for what it loads (single elements), nor those of the producers of
+    `many_heads` where the lanes of a copy have several tokens: each has its addresses.
     """
-    if spec.family == "many_heads" and vectors % 32:
+    if spec.vector == 1 or (spec.family == "many_heads" and vectors % 32):
         return T.unroll(count, annotations={"pragma_unroll_factor": 1})
     return T.serial(count)
 
@@ -313,7 +315,7 @@ def gather_part(spec, cache, tile_sh, mine, half, stage, width, column0, per_key
     vector = spec.vector
     token_at = T.alloc_var(T.int64)
     vectors = width // vector
-    together = min(TOGETHER, vectors)
+    together = min(TOGETHER[vector], vectors)
     pieces = 1 if vectors % 32 else gcd(vectors // 32, together)  # copies next to each other that are of one token
     chunks = vectors // together
     for some in rounds(spec, vectors, -(-chunks // warps)):
