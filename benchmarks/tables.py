@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from targets import targets_table
+from targets import latest, layer, targets_table
 
 from flexmla.bench.peers import TORCH_BACKEND
 from flexmla.bench.report import FLOOR, Row, plot
@@ -31,11 +31,7 @@ def rows(gpu: str) -> list[Row]:
 
 def find(found: list[Row], suite: str, name: str, shape: Any, batch: int, max_len: int) -> Row | None:
     """The latest row of a contender on one case of contiguous caches."""
-    wanted = {
-        "suite": suite, "name": name, "n_heads": shape.n_heads, "n_rope_heads": shape.n_rope_heads, "dv": shape.dv,
-        "d_pe": shape.d_pe, "batch": batch, "max_len": max_len, "page_size": 0, "q_len": 1,
-    }  # fmt: skip
-    return next((row for row in reversed(found) if all(row[key] == value for key, value in wanted.items())), None)
+    return latest(found, suite=suite, name=name, batch=batch, max_len=max_len, page_size=0, **layer(shape))
 
 
 def llama2_table(found: list[Row]) -> str:

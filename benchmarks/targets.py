@@ -8,7 +8,7 @@ from typing import Any
 
 from flexmla.bench.report import FLOOR, Row
 from flexmla.bench.search import PREFIX
-from flexmla.bench.suites import PER_HEAD, SHARED
+from flexmla.bench.suites import PER_HEAD, SHARED, SUITES
 from flexmla.shape import MLAShape
 
 SMALL_PAGES = (1, 2, 4, 8, 16, 32)
@@ -60,20 +60,20 @@ def of(suite: str, key: str, *shapes: MLAShape, **wanted: Any) -> Callable[[list
         for shape in shapes:
             row = latest(rows, suite=suite, **layer(shape), **wanted)
             if row is not None and row[key] is not None:
-                yield row[key] / 1e6 if suite == "cold-start" else row[key]
+                yield row[key]
 
     return figures
 
 
 def ratio(
-    suite: str, shape: MLAShape, of: dict[str, Any], to: dict[str, Any]
+    suite: str, shape: MLAShape, case: dict[str, Any], other: dict[str, Any]
 ) -> Callable[[list[Row]], Iterator[float]]:
     """How many times as long one case takes as another of the same shape."""
 
     def figures(rows: list[Row]) -> Iterator[float]:
-        one, other = (latest(rows, suite=suite, **layer(shape), **wanted) for wanted in (of, to))
-        if one is not None and other is not None:
-            yield one["us"] / other["us"]
+        row, to = (latest(rows, suite=suite, **layer(shape), **wanted) for wanted in (case, other))
+        if row is not None and to is not None:
+            yield row["us"] / to["us"]
 
     return figures
 
@@ -97,10 +97,9 @@ def gains(batch: int) -> Callable[[list[Row]], Iterator[float]]:
         searched = [row for row in found if row["name"].startswith(PREFIX)]
         runs: dict[Any, list[Row]] = {}
         for row in found:
+            case = (*layer_of(row), row["date"])
             if searched and row["commit"] == searched[-1]["commit"]:
-                runs.setdefault(
-                    tuple(row[key] for key in ("n_heads", "n_rope_heads", "dv", "d_pe", "date")), []
-                ).append(row)
+                runs.setdefault(case, []).append(row)
         for of_case in runs.values():
             ours = [row["us"] for row in of_case if row["name"] == "flexmla"]
             tiles = [row["us"] for row in of_case if row["name"].startswith(PREFIX)]
@@ -110,9 +109,27 @@ def gains(batch: int) -> Callable[[list[Row]], Iterator[float]]:
     return figures
 
 
+def first_calls(name: str) -> Callable[[list[Row]], Iterator[float]]:
+    """Seconds of the first call of every shape that was ever measured."""
+
+    def figures(rows: list[Row]) -> Iterator[float]:
+        found = {layer_of(row): row["us"] / 1e6 for row in rows if row["name"] == name}
+        yield from found.values()
+
+    return figures
+
+
+LAYER = ("n_heads", "n_rope_heads", "dv", "d_pe")
+
+
 def layer(shape: MLAShape) -> dict[str, int]:
     """A row's entries for a shape."""
-    return {"n_heads": shape.n_heads, "n_rope_heads": shape.n_rope_heads, "dv": shape.dv, "d_pe": shape.d_pe}
+    return {name: getattr(shape, name) for name in LAYER}
+
+
+def layer_of(row: Row) -> tuple[Any, ...]:
+    """A row's shape."""
+    return tuple(row[name] for name in LAYER)
 
 
 def both_keys(sizes: dict[tuple[int, int], tuple[str, float, float]]) -> Iterator[Target]:
@@ -143,16 +160,8 @@ def paths() -> Iterator[Target]:
     yield Target("128 heads, dv 512, d_pe 64, 128 x 4K", 0.80, "of matmul", many)
     for batch, size in ((64, "64 x 8K"), (8, "8 x 2K"), (1, "1 x 128")):
         yield Target(f"gain of the best tile over the plan's, all models, {size}", 10, "%", gains(batch))
-    cold = [SHARED, PER_HEAD, MLAShape(128, 1, 512, 64)]
     for what, name, limit in (("the compiler", "first-call", 15), ("the disk cache", "first-call-cached", 0.5)):
-        yield Target(f"first call with {what}", limit, "s", of("cold-start", "us", *cold, name=f"flexmla-{name}"))
-
-
-def small_latents() -> Iterator[MLAShape]:
-    """Latents of 128 and 256."""
-    for n_heads in (16, 24, 32):
-        for n_rope_heads in (1, n_heads):
-            yield from (MLAShape(n_heads, n_rope_heads, dv, d_pe) for dv in (128, 256) for d_pe in (16, 32))
+        yield Target(f"first call with {what}", limit, "s", first_calls(f"flexmla-{name}"))
 
 
 def h100_only() -> Iterator[Target]:
@@ -162,7 +171,8 @@ def h100_only() -> Iterator[Target]:
         yield Target(f"{n_heads} heads, dv 512, d_pe 64, 64 x 8K", 0.93, "of read", figure)
     for dv in (128, 256):
         for key, several in (("a shared key", False), ("a key per head", True)):
-            shapes = [s for s in small_latents() if s.dv == dv and (s.n_rope_heads > 1) == several]
+            shapes = [case.shape for case in SUITES["small-latent"]()]
+            shapes = [s for s in shapes if s.dv == dv and (s.n_rope_heads > 1) == several]
             figure = of("small-latent", "frac_read", *shapes, batch=64, max_len=8192)
             yield Target(f"dv {dv}, 16 to 32 heads, d_pe 16 and 32, {key}, 64 x 8K", 0.90, "of read", figure)
     for max_len, limit in ((32768, 0.70), (131072, 0.90)):

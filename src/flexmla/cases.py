@@ -18,7 +18,8 @@ from .shape import MLAShape, Scoring, Specialisation
 GARBAGE_PAGES = (-1, 2147480000)  # what engines leave in the unused entries of a block table
 
 
-# Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin.
+# Page sizes that a loader takes (None: contiguous), and how many elements past a 16-byte boundary the caches begin. In
+# this order the draw of `check` gives every loader kernels of both families and of clusters.
 LOADERS: dict[str, tuple[tuple[int | None, ...], int]] = {
     "pages_of_16": ((16, 32), 0),
     "contiguous": ((None,), 0),

@@ -50,6 +50,12 @@ def test_gains_are_those_of_the_last_search():
     assert list(targets.gains(8)(searched)) == []
 
 
+def test_the_first_calls_of_all_shapes_count():
+    cold, name = "cold-start", "flexmla-first-call"
+    rows = [row(shape, cold, us, name=name) for shape, us in ((SHARED, 9e6), (SHARED, 2e6), (PER_HEAD, 3e6))]
+    assert sorted(targets.first_calls(name)([*rows, row(SHARED, "s", 1)])) == [2, 3]
+
+
 def test_figures_have_their_units():
     assert [targets.shown(*what) for what in ((0.95, "of read"), (9, "us"), (1.154, "times"), (189.5, "us"))] == [
         ".95 of read",

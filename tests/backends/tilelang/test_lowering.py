@@ -14,6 +14,8 @@ from flexmla import MLAShape
 from flexmla.shape import PLAIN, Scoring, Specialisation
 from flexmla.tiling import BARRIER_BYTES, SMEM_PER_CTA, Tiling, loader_warps, threads_per_cta, tile, used_memory
 
+from .compiling import SMALL
+
 pytest.importorskip("tilelang", reason="needs TileLang: pip install 'flexmla[tilelang]'")
 
 # Each family at its boundaries: one and many groups, one and several CTAs an SM, clusters, widths that are no power of
@@ -62,7 +64,7 @@ IDS = [
 
 
 def planned(shape: MLAShape, q_len: int = 1, scoring: Scoring = PLAIN, loader: str = "contiguous") -> Tiling:
-    tiling = tile(shape, 64, 8192, 132, q_len, loader in ("pages_of_16", "gather"), scoring)
+    tiling = tile(shape, 64, 8192, 132, q_len, SMALL[loader][0], scoring)
     assert tiling is not None
     return tiling
 
