@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,32 @@ def test_gathering_warps_stop_at_the_last_chunk(
     assert all(bound.isdigit() for bound in re.findall(r"for \(int \w+ = 0; \w+ < ([^;]*);", gathering))
     guards = tuple(int(n) for n in re.findall(r"if \(.*threadIdx\.x\) >> 5\).* % 3\)+ < (\d+)\) {", gathering))
     assert guards == tuple(n for n in chunks if n is not None)
+
+
+def test_quicker_proofs_make_the_same_kernel_and_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import z3
+
+    from flexmla.backends.tilelang import compile as backend
+
+    wanted = Specialisation(MLAShape(3, 1, 8, 0), torch.float16)
+    quicker = backend.PROOFS
+    seen = []
+    trace = backend.program
+
+    def traced(*of: Any) -> Any:
+        seen.append(options())
+        return trace(*of)
+
+    def options() -> dict[str, str]:
+        return {name: z3.get_param(name) for name in quicker}
+
+    before = options()
+    monkeypatch.setattr(backend, "program", traced)
+    source, _ = backend.lower_source(wanted, planned(wanted.shape))
+    assert options() == before
+    monkeypatch.setattr(backend, "PROOFS", {})
+    assert backend.lower_source(wanted, planned(wanted.shape))[0] == source
+    assert seen == [quicker, before] != [before, before]
 
 
 def assert_no_spills(source: str, folder: Path) -> None:
