@@ -156,6 +156,25 @@ def test_gathering_warps_stop_at_the_last_chunk(
     assert guards == tuple(n for n in chunks if n is not None)
 
 
+def test_only_the_wanted_signature_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tilelang.language
+
+    from flexmla.backends.tilelang.compile import program
+
+    trace = tilelang.language.prim_func
+    traced = []
+
+    def prim_func(function: Any) -> Any:
+        traced.append(function.__name__)
+        return trace(function)
+
+    monkeypatch.setattr(tilelang.language, "prim_func", prim_func)
+    shape = MLAShape(3, 1, 8, 0)
+    for scoring in (PLAIN, Scoring(softcap=True)):
+        program(Specialisation(shape, torch.float16, scoring=scoring), planned(shape, scoring=scoring))
+    assert traced == ["decode", "decode_scored"]
+
+
 def test_quicker_proofs_make_the_same_kernel_and_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import z3
 

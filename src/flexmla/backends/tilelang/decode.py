@@ -149,33 +149,38 @@ def decode_program(wanted, tiling):
             log_ways, log_parts, results, cluster,
         )  # fmt: skip
 
-    # two signatures, which the DSL reads from the functions: every argument costs a call time
-    @T.prim_func
-    def decode(
-        q_nope: T.StridedTensor((batch, q_len, n_heads, spec.dv), (sqb, sqi, sqh, 1), dtype),
-        q_pe: T.StridedTensor((batch, q_len, n_heads, q_pe_cols), (spb, spi, sph, 1), dtype),
-        ckv: T.StridedTensor((n_pages, page_size, spec.dv), (scp, scs, 1), dtype),
-        kpe: T.StridedTensor(kpe_shape, kpe_strides, dtype),
-        seq_lens: T.Tensor((batch,), i32),
-        starts: T.Tensor((batch,), i32),
-        block_table: T.StridedTensor(table_shape, table_strides, i32),
-        out: T.Tensor((batch, q_len, n_heads, spec.width), dtype),
-        lse: T.Tensor((batch, n_heads, q_len), f32),
-        workspace: T.Tensor((words,), dtype),
-        softmax_scale: T.float32,
-        has_starts: T.int32,
-        causal: T.int32,
-        capacity: T.int32,
-        log_page: T.int32,
-        workers: T.int32,
-        log_ways: T.int32,
-        log_parts: T.int32,
-    ):
-        T.assume(workers > 0)
-        launches(
-            q_nope, q_pe, ckv, kpe, ckv, ckv, seq_lens, starts, block_table, out, lse, workspace, softmax_scale,
-            softmax_scale, has_starts, causal, capacity, log_page, workers, log_ways, log_parts,
-        )  # fmt: skip
+    # Two signatures, which the DSL reads from the functions: every argument costs a call time. The DSL traces what is
+    # defined at once: so only the one that is wanted.
+    if scoring == PLAIN and not spec.v:
+
+        @T.prim_func
+        def decode(
+            q_nope: T.StridedTensor((batch, q_len, n_heads, spec.dv), (sqb, sqi, sqh, 1), dtype),
+            q_pe: T.StridedTensor((batch, q_len, n_heads, q_pe_cols), (spb, spi, sph, 1), dtype),
+            ckv: T.StridedTensor((n_pages, page_size, spec.dv), (scp, scs, 1), dtype),
+            kpe: T.StridedTensor(kpe_shape, kpe_strides, dtype),
+            seq_lens: T.Tensor((batch,), i32),
+            starts: T.Tensor((batch,), i32),
+            block_table: T.StridedTensor(table_shape, table_strides, i32),
+            out: T.Tensor((batch, q_len, n_heads, spec.width), dtype),
+            lse: T.Tensor((batch, n_heads, q_len), f32),
+            workspace: T.Tensor((words,), dtype),
+            softmax_scale: T.float32,
+            has_starts: T.int32,
+            causal: T.int32,
+            capacity: T.int32,
+            log_page: T.int32,
+            workers: T.int32,
+            log_ways: T.int32,
+            log_parts: T.int32,
+        ):
+            T.assume(workers > 0)
+            launches(
+                q_nope, q_pe, ckv, kpe, ckv, ckv, seq_lens, starts, block_table, out, lse, workspace, softmax_scale,
+                softmax_scale, has_starts, causal, capacity, log_page, workers, log_ways, log_parts,
+            )  # fmt: skip
+
+        return decode
 
     @T.prim_func
     def decode_scored(
@@ -207,4 +212,4 @@ def decode_program(wanted, tiling):
             inner_scale, has_starts, causal, capacity, log_page, workers, log_ways, log_parts,
         )  # fmt: skip
 
-    return decode if scoring == PLAIN and not spec.v else decode_scored
+    return decode_scored
