@@ -9,6 +9,7 @@ LEAST = -1e38  # below every score: what a maximum starts from, so that a query 
 WARPS = 4
 VECTOR = 8  # elements a lane loads at once: 16 bytes
 LOADS = 4  # states a lane has in flight; with the most ways, 8, they make 32
+KEPT = 4  # sums that a lane keeps, all loaded at once: with a warp's other lanes those of 128 states
 
 
 @T.macro
@@ -81,23 +82,28 @@ def combine(
             elif states > 1:
                 top = T.alloc_var(T.float32)
                 denom = T.alloc_var(T.float32)
-                mine = T.alloc_var(T.float32)
                 weight = T.alloc_var(T.float32)
                 fresh = T.alloc_var(T.int32)
-                mine = LEAST
-                if lane < states:
-                    mine = sums[sums0 + slot(first, lane), query]
+                kept = T.alloc_local((KEPT,), T.float32)
+                for z in T.unroll(KEPT):
+                    kept[z] = -T.infinity(T.float32)
+                    if z * 32 + lane < states:
+                        kept[z] = sums[sums0 + slot(first, z * 32 + lane), query]
                 vector += lane - T.shift_left(way, 5 - log_ways)
                 load_states(part, value, first, states, way, log_ways, query, vector, end)
                 fresh = 1
-                top = T.max(mine, LEAST)
-                for z in T.serial(1, T.ceildiv(states, 32)):
+                top = LEAST
+                for z in T.unroll(KEPT):
+                    top = T.max(top, kept[z])
+                for z in T.serial(KEPT, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
                         top = T.max(top, sums[sums0 + slot(first, z * 32 + lane), query])
                 for d in T.unroll(5):
                     top = T.max(top, T.shfl_xor(top, 16 >> d))
-                denom = T.if_then_else(lane < states, T.exp2(mine - top), 0)
-                for z in T.serial(1, T.ceildiv(states, 32)):
+                denom = 0
+                for z in T.unroll(KEPT):
+                    denom += T.exp2(kept[z] - top)
+                for z in T.serial(KEPT, T.ceildiv(states, 32)):
                     if z * 32 + lane < states:
                         denom += T.exp2(sums[sums0 + slot(first, z * 32 + lane), query] - top)
                 for d in T.unroll(5):
@@ -112,14 +118,14 @@ def combine(
                         fresh = 0
                         # batches of states divide 32, so that one batch's weights are in one register of the warp
                         if (state - way) % 32 == 0:
-                            weight = 0.0
-                            if state - way + lane < states:
-                                weight = T.exp2(
-                                    T.if_then_else(
-                                        state == way, mine, sums[sums0 + slot(first, state - way + lane), query]
-                                    )
-                                    - top
-                                )
+                            weight = kept[0]
+                            for z in T.unroll(1, KEPT):
+                                weight = T.if_then_else(state - way == z * 32, kept[z], weight)
+                            if state - way >= KEPT * 32:
+                                weight = -T.infinity(T.float32)
+                                if state - way + lane < states:
+                                    weight = sums[sums0 + slot(first, state - way + lane), query]
+                            weight = T.exp2(weight - top)
                         for u in T.unroll(LOADS):
                             share = T.shfl_sync(weight, (state + T.shift_left(u, log_ways)) % 32)
                             for v in T.unroll(VECTOR):

@@ -116,8 +116,6 @@ def decode_program(wanted, tiling):
             tile = T.alloc_var(i32)
             left = T.alloc_var(i32)
             T.pdl_sync()
-            if few:
-                T.pdl_trigger()
             share(rows, tx % 32, worker, workers, row, tile, left)
             if tx < consumers:
                 if few:

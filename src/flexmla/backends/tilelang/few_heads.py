@@ -79,6 +79,8 @@ def consume_few(
                 first = (begin // block_n + tile + j) * block_n
                 low = begin - first
                 high = length - first
+                if T.And(j == count - 1, left <= count):
+                    T.pdl_trigger()  # the merge's CTAs may come: earlier they would only be in the way
                 T.mbarrier_wait_parity(full[stage], (step // stages) & 1)
                 if spec.vector > 0:
                     T.fence_proxy_async()

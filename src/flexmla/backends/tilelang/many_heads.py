@@ -96,9 +96,6 @@ def consume_half(
     length = T.alloc_var(T.int32)
     skipped = T.alloc_var(T.int32)
     T.inc_max_nreg(registers(spec)[0])
-    # Only now may the merge's CTAs come: those that wait for this launch must not hold the registers it waits for.
-    T.sync_threads(5, CONSUMERS)
-    T.pdl_trigger()
     step = 0
     seg = 0
     while left > 0:
@@ -121,6 +118,8 @@ def consume_half(
                 stage = now % stages
                 low = begin - j * block_n
                 high = length - j * block_n
+                if T.And(j >= count - 1, left <= count):
+                    T.pdl_trigger()  # the merge's CTAs may come: earlier they would only be in the way
                 # Each branch waits for the products that it started: else the compiler makes all products wait at once.
                 if j < count:
                     if side == 0:
