@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexmla import DecodePlan, DeviceRecord, MLAShape
 from flexmla import plan as make_plan
@@ -32,6 +34,15 @@ H100 = DeviceRecord((9, 0), 132, "H100", memory_gb_s=3352)
 H200 = DeviceRecord((9, 0), 132, "H200", memory_gb_s=4916)
 SMALLER = DeviceRecord((9, 0), 78, "a Hopper GPU with fewer SMs")
 N_HEADS = (1, 2, 3, 8, 9, 12, 15, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 160)
+
+
+@st.composite
+def any_shape(draw: st.DrawFn) -> MLAShape:
+    n_heads = draw(st.integers(1, 160))
+    d_pe = 2 * draw(st.integers(0, 128))
+    keys = [g for g in range(1, n_heads + 1) if n_heads % g == 0] if d_pe else [1]
+    widths = st.integers(1, 256).map(lambda n: 8 * n)
+    return MLAShape(n_heads, draw(st.sampled_from(keys)), draw(widths), d_pe, draw(st.none() | widths))
 
 
 def shapes() -> list[MLAShape]:
@@ -64,6 +75,35 @@ def test_every_shape_of_the_backend_has_a_tile_that_fits() -> None:
         assert tiling.family == "few_heads" or (shape.dv % 128 == 0 and tiling.parts == 1), shape
         assert part_width(shape.dv, tiling.parts) <= 512
         assert (tiling.parts - 1) * part_width(shape.dv, tiling.parts) < shape.dv, "a CTA without columns"
+
+
+@settings(deadline=None)
+@given(
+    shape=any_shape(),
+    batch=st.integers(1, 1024),
+    max_len=st.integers(1, 1 << 20),
+    sm_count=st.sampled_from((78, 114, 132)),
+    q_len=st.integers(1, 16),
+    once=st.booleans(),
+    softcap=st.booleans(),
+    scales=st.sampled_from((0, 1, 2, 3)),
+    fast=st.booleans(),
+)
+def test_any_call_has_a_tile_that_fits(
+    shape: MLAShape, batch: int, max_len: int, sm_count: int, q_len: int, once: bool, softcap: bool, scales: int,
+    fast: bool,
+) -> None:  # fmt: skip
+    scoring = Scoring(softcap, (0, 1, shape.n_rope_heads, shape.n_heads)[scales], torch.float32 if scales else None)
+    tiling = tile(shape, batch, max_len, sm_count, q_len, once, scoring, fast)
+    assert tiling is not None
+    used = used_memory(shape, tiling, q_len, scoring)
+    assert used <= SMEM_PER_CTA
+    assert tiling.ctas_per_sm * (used + SMEM_RESERVED) <= SMEM_PER_SM
+    groups = -(-shape.n_heads // tiling.block_h)
+    assert (groups - 1) * tiling.block_h < shape.n_heads
+    assert tiling.block_h * q_len <= padded_queries(tiling.family, tiling.block_h * q_len)
+    assert 1 <= tiling.workers <= batch * -(-max_len // tiling.block_n)
+    assert tiling.workers * groups * tiling.parts <= max(sm_count * tiling.ctas_per_sm, groups * tiling.parts)
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 16])

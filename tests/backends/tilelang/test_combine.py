@@ -95,9 +95,9 @@ def test_merges_every_cut_row_and_no_other(n_heads: int, q_len: int, dv: int, tm
             rng.choice((0, 1, 64, 65, max_len, rng.randint(0, max_len), -3, max_len + 9))
             for _ in range(rng.randint(1, 4))
         ]
-        if seed == 0:  # more states than a lane keeps the sums of
-            max_len, workers, lens = 30000, 396, [30000, 64]
         starts = [rng.choice((0, 0, -2, 63, 64, rng.randint(0, max_len), max_len + 5)) for _ in lens]
+        if seed == 0:  # more states than a warp keeps the sums of
+            max_len, workers, lens, starts = 30000, 396, [30000, 64], [63, 0]
         has_starts = rng.randint(0, 1)
         log_ways, log_parts = rng.randint(0, 3), rng.randint(0, 4)
         rows = cut(row_tiles(lens, starts if has_starts else [0] * len(lens), max_len), workers)

@@ -175,30 +175,37 @@ def test_only_the_wanted_signature_is_traced(monkeypatch: pytest.MonkeyPatch) ->
     assert traced == ["decode", "decode_scored"]
 
 
-def test_quicker_proofs_make_the_same_kernel_and_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quicker_proofs_make_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexmla.backends.tilelang import compile as backend
+
+    wanted = Specialisation(MLAShape(3, 1, 8, 0), torch.float16)
+    source, _ = backend.lower_source(wanted, planned(wanted.shape))
+    monkeypatch.setattr(backend, "PROOFS", {})
+    assert backend.lower_source(wanted, planned(wanted.shape))[0] == source
+
+
+def test_z3_s_options_are_set_while_a_kernel_is_compiled_and_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import z3
 
     from flexmla.backends.tilelang import compile as backend
 
-    wanted = Specialisation(MLAShape(3, 1, 8, 0), torch.float16)
-    quicker = backend.PROOFS
-    seen = []
-    trace = backend.program
-
-    def traced(*of: Any) -> Any:
-        seen.append(options())
-        return trace(*of)
-
     def options() -> dict[str, str]:
-        return {name: z3.get_param(name) for name in quicker}
+        return {name: z3.get_param(name) for name in backend.PROOFS}
+
+    seen = []
+
+    def compiled(*_: object, **__: object) -> None:
+        seen.append(options())
+        raise OSError("no kernel")
 
     before = options()
-    monkeypatch.setattr(backend, "program", traced)
-    source, _ = backend.lower_source(wanted, planned(wanted.shape))
+    monkeypatch.setattr(backend.tilelang, "compile", compiled)
+    monkeypatch.setattr(backend, "missing_compilers", lambda: [])
+    shape = MLAShape(8, 1, 64, 8)
+    with pytest.raises(OSError, match="no kernel"):
+        backend.kernel(Specialisation(shape, torch.float16), planned(shape))
+    assert seen == [backend.PROOFS] != [before]
     assert options() == before
-    monkeypatch.setattr(backend, "PROOFS", {})
-    assert backend.lower_source(wanted, planned(wanted.shape))[0] == source
-    assert seen == [quicker, before] != [before, before]
 
 
 def assert_no_spills(source: str, folder: Path) -> None:

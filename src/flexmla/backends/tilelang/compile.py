@@ -30,14 +30,15 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
 
-# How Z3 answers TVM's analyzer, which asks ten thousand questions a kernel, nearly all of them in vain: with its older
-# arithmetic it takes half the time for the same kernels. TileLang has no option for that.
+# How Z3 answers TVM's analyzer, which asks ten thousand questions a kernel, nearly all of them in vain. With its older
+# arithmetic, and every term relevant, it takes about half the time (docs/kernels.md). TileLang has no option for that.
 PROOFS = {"smt.arith.solver": "2", "smt.relevancy": "0"}
 
 TELL_AFTER = 1.0  # seconds
 
 _log = logging.getLogger("flexmla")
 _lock = threading.Lock()
+_proofs_lock = threading.Lock()
 _kernels: dict[Any, Any] = {}
 
 
@@ -94,7 +95,7 @@ def prebuild(wanted: Specialisation, tiling: Tiling) -> str | None:
 
 def _compile(func: Any) -> Any:
     try:
-        with _quick_proofs():
+        with quick_proofs():
             made = tilelang.compile(func, target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
         # the compiled function itself: what TileLang wraps around it looks it up again at every call
         return made.adapter.get_exportable_executable()["main"]
@@ -106,24 +107,27 @@ def _compile(func: Any) -> Any:
 
 
 @contextmanager
-def _quick_proofs() -> Iterator[None]:
-    """Sets Z3's options, which are the process's, and sets them back."""
-    before = {name: z3.get_param(name) for name in PROOFS}
-    try:
-        for name, value in PROOFS.items():
-            z3.set_param(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            z3.set_param(name, value)
+def quick_proofs() -> Iterator[None]:
+    """Sets Z3's options while a program is lowered. They are the process's: one at a time, and set back."""
+    with _proofs_lock:
+        before = {name: z3.get_param(name) for name in PROOFS}
+        try:
+            for name, value in PROOFS.items():
+                z3.set_param(name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                z3.set_param(name, value)
 
 
 def lower_source(wanted: Specialisation, tiling: Tiling) -> tuple[str, dict[str, Any]]:
     """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
+    func = program(wanted, tiling)
     passes = tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()})
-    with tvm.target.Target(TARGET), passes, _quick_proofs():
-        artifact = tilelang.engine.lower(program(wanted, tiling), target=tvm.target.Target(TARGET))
-    return artifact.kernel_source, {name.name_hint: func.attrs for name, func in artifact.device_mod.functions.items()}
+    with tvm.target.Target(TARGET), passes, quick_proofs():
+        artifact = tilelang.engine.lower(func, target=tvm.target.Target(TARGET))
+    attributes = {name.name_hint: device.attrs for name, device in artifact.device_mod.functions.items()}
+    return artifact.kernel_source, attributes
 
 
 def missing_compilers() -> list[str]:
