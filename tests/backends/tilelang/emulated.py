@@ -14,17 +14,12 @@ WARPS_CPP = Path(__file__).with_name("warps.cpp")
 
 def emulated(program: Any, run: str, folder: Path) -> ctypes.CDLL:
     """The last kernel of a program as a library; `run` is the C++ function of this name that calls it."""
-    import tilelang
-
-    from flexmla.backends.tilelang.compile import PASS_CONFIGS, TARGET, quick_proofs
+    from flexmla.backends.tilelang.compile import lower
 
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    target = tilelang.tvm.target.Target(TARGET)
-    passes = tilelang.tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()})
-    with target, passes, quick_proofs():
-        text = tilelang.engine.lower(program, target=target, enable_device_compile=False).kernel_source
+    text = lower(program).kernel_source
     kernel = folder / "kernel.inc"
     kernel.write_text(text[text.rindex('extern "C" __global__') :] + run)
     library = folder / "kernel.so"

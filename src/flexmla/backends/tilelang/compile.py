@@ -95,7 +95,7 @@ def prebuild(wanted: Specialisation, tiling: Tiling) -> str | None:
 
 def _compile(func: Any) -> Any:
     try:
-        with quick_proofs():
+        with _quick_proofs():
             made = tilelang.compile(func, target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS)
         # the compiled function itself: what TileLang wraps around it looks it up again at every call
         return made.adapter.get_exportable_executable()["main"]
@@ -107,7 +107,7 @@ def _compile(func: Any) -> Any:
 
 
 @contextmanager
-def quick_proofs() -> Iterator[None]:
+def _quick_proofs() -> Iterator[None]:
     """Sets Z3's options while a program is lowered. They are the process's: one at a time, and set back."""
     with _proofs_lock:
         before = {name: z3.get_param(name) for name in PROOFS}
@@ -120,12 +120,17 @@ def quick_proofs() -> Iterator[None]:
                 z3.set_param(name, value)
 
 
+def lower(func: Any) -> Any:
+    """A program as TileLang's passes leave it for the device compiler, with this backend's options."""
+    target = tvm.target.Target(TARGET)
+    passes = tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()})
+    with target, passes, _quick_proofs():
+        return tilelang.engine.lower(func, target=target, enable_device_compile=False)
+
+
 def lower_source(wanted: Specialisation, tiling: Tiling) -> tuple[str, dict[str, Any]]:
     """The CUDA source of a kernel and the launch attributes of its device functions, without nvcc or a GPU."""
-    func = program(wanted, tiling)
-    passes = tvm.transform.PassContext(config={k.value: v for k, v in PASS_CONFIGS.items()})
-    with tvm.target.Target(TARGET), passes, quick_proofs():
-        artifact = tilelang.engine.lower(func, target=tvm.target.Target(TARGET))
+    artifact = lower(program(wanted, tiling))
     attributes = {name.name_hint: device.attrs for name, device in artifact.device_mod.functions.items()}
     return artifact.kernel_source, attributes
 
