@@ -98,6 +98,7 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     copied = (q_len > 1) + aligned + (caches if loader == "gather" else 0)
     assert len(re.findall(r"tl::cp_async_gs(?:_conditional)?<", source)) == copied
     assert source.count("flexmla_add_parts<") == (tiling.parts > 1)
+    assert source.count("flexmla_transpose<") == (not many)  # an output, by stmatrix
     # the merge may come at a run's last tile, of each warpgroup; the next decode when all of the merge is there
     early = [m.start() for m in re.finditer(r"cudaTriggerProgrammaticLaunchCompletion\(\);", source)]
     assert len(early) == 1 + ways

@@ -1,6 +1,7 @@
 """The program of a shape and tile: arguments, shared memory, the roles of a CTA's warps, and the two launches."""
 
 import tilelang.language as T
+from tilelang.layout import make_wgmma_swizzled_layout
 
 from ...shape import PLAIN
 from ...tiling import loader_warps, threads_per_cta
@@ -12,6 +13,7 @@ from .producer import Caches, fetch_queries, gather_tiles, stream_tiles
 from .schedule import Rows, share
 from .scores import ADD_PARTS, ANY, Exchange
 from .spec import DTYPES, Results, Shared, specialise
+from .transpose import TRANSPOSE
 
 QUERY_STRIDES = ("sqb", "sqi", "sqh", "spb", "spi", "sph")
 CACHE_STRIDES = ("scp", "scs", "skp", "sks", "skr", "svp", "svs", "ssp", "sss", "stb")
@@ -86,6 +88,8 @@ def decode_program(wanted, tiling):
             sum_sh = T.alloc_shared(warp_shape, f32)
             v_sh = T.alloc_shared((stages, block_n, spec.v), dtype) if spec.v > 0 else None
             out_sh = T.alloc_shared((queries, spec.v), dtype) if spec.v > 0 else q_sh
+            if spec.v > 0:  # as the query tile lies, which wgmma reads
+                T.annotate_layout({out_sh: make_wgmma_swizzled_layout(out_sh)})
             scale_sh = T.alloc_shared((stages, block_n, spec.scales), f32) if spec.scales > 0 else None
             full = T.alloc_barrier([arrivals] * (stages * spec.chunks))
             # of many_heads a lane for each of a warpgroup's four warps
@@ -102,7 +106,7 @@ def decode_program(wanted, tiling):
             exchange = None
             turns = None
             if few:
-                T.import_source(ANY + (ADD_PARTS if parts > 1 else ""))
+                T.import_source(ANY + TRANSPOSE + (ADD_PARTS if parts > 1 else ""))
             else:
                 # every thread of the other warpgroup: racecheck does not always follow a lane for its warp
                 ready = T.alloc_barrier([consumers // 2] * 2)

@@ -11,6 +11,7 @@ import tilelang.language as T
 from .combine import LEAST, LN2
 from .schedule import row_span
 from .scores import LOG2E, SLACK, add_parts, cap_scores, scale_scores
+from .transpose import transpose
 
 CONSUMERS = 128
 
@@ -111,10 +112,11 @@ def consume_few(
                 moved = T.call_extern("int32", "flexmla_any", 3, CONSUMERS, outgrown[0])
                 if moved != 0:
                     move_maxima(spec, s, per_warp, max_sh, softmax_scale, m, limit, alpha)
-                    for i, h in T.Parallel(width, queries):
-                        o[i, h] *= alpha[h]
-                    for i, h in T.Parallel(block_n, queries):
-                        sums[i, h] *= alpha[h]
+                    if j > 0:  # before that there is nothing to shrink
+                        for i, h in T.Parallel(width, queries):
+                            o[i, h] *= alpha[h]
+                        for i, h in T.Parallel(block_n, queries):
+                            sums[i, h] *= alpha[h]
                 for i, h in T.Parallel(block_n, queries):
                     s[i, h] = T.exp2(s[i, h] * (softmax_scale * LOG2E) - m[h])
                 T.copy(s, p_sh)
@@ -137,7 +139,8 @@ def consume_few(
                 alpha[h] = T.if_then_else(norm[h] > 0, 1.0 / norm[h], 0)
             # where values are latents, the query tile has been read for the last time: the output passes through it
             for i, h in T.Parallel(width, queries):
-                out_sh[h, i] = o[i, h] * alpha[h]
+                o[i, h] *= alpha[h]
+            transpose(spec, o, out_sh)
             T.sync_threads(3, CONSUMERS)
             if count == tiles:
                 for h, i in T.Parallel(spec.block_q, span):
