@@ -35,9 +35,9 @@ HALVES_FROM = 600  # two groups of heads, where their products are smaller, beat
 LEAST_SHARE = 8  # tiles of a CTA that shares an SM
 MOST_STATES = 88  # of a row (by an H200): merging more takes longer than the CTAs save,
 TILES_A_STATE = 16  # unless each has so many tiles, and these are small
-# What cutting rows saves and costs, in us (by an H200, where it decides for rows of at most a few tiles).
+SHORT_ROW = 8  # tiles up to which a row may be kept whole: what cutting it saves and costs, in us (by an H200):
 TILE_US, TILE_BYTE_US = 0.4, 0.8e-3  # a CTA's tile, and each byte of a token
-MERGE_US, STATE_US, STATE_BYTE_US = 1.0, 3e-3, 0.6e-6  # the merge, each worker's state, and each byte of one
+MERGE_US, STATE_US, STATE_BYTE_US = 1.0, 3e-3, 0.6e-6  # the merge, each worker's states, and each byte of them
 UNEVEN = 1.3  # the merge of rows that are not cut in equal parts
 FAMILIES = ("few_heads", "many_heads")
 
@@ -180,20 +180,21 @@ def _workers(most: int, ctas: int, batch: int, row_tiles: int, token_bytes: int,
     Memory-bound work loses nothing by a few idle SMs, while a worker that ends one row and begins another stops loading
     for the time of an epilogue, and each cut adds a partial state. Small tokens gain more from the SMs. Short shares
     are not worth a CTA beside another on an SM, nor a state more of a row that has many. Short rows stay whole where
-    the tiles that a CTA would be spared take less time than a merge.
+    the tiles that a CTA would be spared take less time than a merge: full ones, as lengths are not known here.
     """
     tiles = max(1, batch * row_tiles)
     small = token_bytes <= CUT_ROWS_UP_TO
     states = max(MOST_STATES, row_tiles // TILES_A_STATE) if small else MOST_STATES
     most = max(1, min(most, tiles, max(most // ctas, tiles // LEAST_SHARE), batch * states))
-    if batch <= most and not _worth_cutting(row_tiles, -(-tiles // most), most, token_bytes, state_bytes):
+    short = row_tiles <= SHORT_ROW and 0 < batch <= most
+    if short and not _worth_cutting(row_tiles, -(-tiles // most), most, token_bytes, state_bytes):
         return batch
     least = int(most * LEAST_BUSY) + 1
     workers = most
     if not small:
         even = (w for w in range(most, least - 1, -1) if _whole(row_tiles, -(-tiles // w)))
         workers = next(even, most)
-    return max(least, -(-tiles // -(-tiles // workers)))  # without those for whom nothing is left
+    return max(least, -(-tiles // -(-tiles // workers)))  # without a few for whom full rows leave nothing
 
 
 def _whole(row_tiles: int, chunk: int) -> bool:
@@ -202,7 +203,7 @@ def _whole(row_tiles: int, chunk: int) -> bool:
 
 
 def _worth_cutting(row_tiles: int, chunk: int, workers: int, token_bytes: int, state_bytes: int) -> bool:
-    """Whether the tiles of a row that its first CTA is spared take longer than the merge of all workers' states."""
+    """Whether the tiles of a full row that its CTA is spared take longer than the merge of all workers' states."""
     spared = (row_tiles - chunk) * (TILE_US + TILE_BYTE_US * token_bytes)
     merge = MERGE_US + workers * (STATE_US + STATE_BYTE_US * state_bytes)
     return spared > merge * (1 if _whole(row_tiles, chunk) else UNEVEN)
@@ -307,7 +308,7 @@ def _fitting(
         if shared_memory(shape, family, block_h, BLOCK_N, stages, q_len, parts, scoring) <= limit:
             kind = Tiling(family, block_h, BLOCK_N, stages, ctas, parts, 1, 0, 0)
             most, row_tiles = _most_workers(shape, sm_count, kind), -(-max_len // BLOCK_N)
-            state_bytes = 2 * shape.n_heads * q_len * shape.out_width
+            state_bytes = 2 * shape.n_heads * q_len * shape.out_width  # of all groups of a worker
             workers = _workers(most, ctas, batch, row_tiles, _token_bytes(shape, block_h), state_bytes)
             yield _with_grid(kind, workers, shape, batch, q_len, sm_count)
 

@@ -13,7 +13,16 @@ import torch
 
 from flexmla import MLAShape
 from flexmla.shape import PLAIN, Scoring, Specialisation
-from flexmla.tiling import BARRIER_BYTES, SMEM_PER_CTA, Tiling, loader_warps, threads_per_cta, tile, used_memory
+from flexmla.tiling import (
+    BARRIER_BYTES,
+    SMEM_PER_CTA,
+    Tiling,
+    loader_warps,
+    padded_queries,
+    threads_per_cta,
+    tile,
+    used_memory,
+)
 
 from .compiling import SMALL
 
@@ -98,7 +107,8 @@ def test_lowers_to_wgmma_and_tma_within_shared_memory_and_registers(
     copied = (q_len > 1) + aligned + (caches if loader == "gather" else 0)
     assert len(re.findall(r"tl::cp_async_gs(?:_conditional)?<", source)) == copied
     assert source.count("flexmla_add_parts<") == (tiling.parts > 1)
-    assert source.count("flexmla_transpose<") == (not many)  # an output, by stmatrix
+    if not many:
+        assert_transposed_once(source, padded_queries("few_heads", tiling.block_h * q_len))
     # the merge may come at a run's last tile, of each warpgroup; the next decode when all of the merge is there
     early = [m.start() for m in re.finditer(r"cudaTriggerProgrammaticLaunchCompletion\(\);", source)]
     assert len(early) == 1 + ways
@@ -211,6 +221,18 @@ def test_z3_s_options_are_set_while_a_kernel_is_compiled_and_set_back(monkeypatc
         backend.kernel(Specialisation(shape, torch.float16), planned(shape))
     assert seen == [backend.PROOFS] != [before]
     assert options() == before
+
+
+def assert_transposed_once(source: str, queries: int) -> None:
+    """All threads of the warpgroup transpose the output at once, each from its first accumulator on."""
+    loop = r"for \(int (\w+) = 0; \1 < (\d+); \+\+\1\) {\s*if \((.*)\) {\s*"
+    call = r"flexmla_transpose<(\d+), (\d+)>\(\(&\(o\[\1\]\)\), \(&\(.*(?:q|out)_sh\)\[0\]\)\)\);"
+    ((counter, length, guard, *sizes),) = re.findall(loop + call, source)
+    assert int(sizes[0]) == queries
+    assert int(length) == queries // 2 * int(sizes[1])  # all accumulators
+    first = guard.replace("&&", " and ").replace(counter, "i")
+    assert "threadIdx" not in first
+    assert [i for i in range(int(length)) if eval(first, {"i": i})] == [0]
 
 
 def assert_no_spills(source: str, folder: Path) -> None:

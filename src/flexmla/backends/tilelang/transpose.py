@@ -4,8 +4,9 @@ import tilelang.language as T
 
 from ...tiling import PANEL
 
-# A warp holds 16 columns of the output in every panel. Of two blocks of 8 queries that are four matrices of 8 by 8,
-# which stmatrix stores transposed, 16 bytes for each row of the tile; swizzled, these meet no bank twice.
+# Threads 0 to 127 hold the output as wgmma m64nNk16 leaves it: a warp has 16 columns of every panel. With two blocks of
+# 8 queries these are four 8 by 8 matrices, which stmatrix stores transposed, 16 bytes for each row of the tile;
+# swizzled, these meet no bank twice.
 TRANSPOSE = """
 template <int QUERIES, int PANELS, typename Element>
 __device__ __forceinline__ void flexmla_transpose(const float *output, Element *tile) {
@@ -40,7 +41,7 @@ def transpose(spec, o, out_sh):
     runs of 16 bytes swizzled by the row.
     """
     for i, h in T.Parallel(spec.out, spec.queries):
-        # a thread's first element, as wgmma shares them out: from there on lie all that it holds
+        # a thread's first element: from there on lie all that it holds
         if i // PANEL == 0 and i % 16 < 8 and h < 8 and h % 2 == 0:
             T.call_extern(
                 "handle", f"flexmla_transpose<{spec.queries}, {spec.out // PANEL}>", T.address_of(o[i, h]),
