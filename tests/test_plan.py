@@ -341,13 +341,11 @@ def test_at_most_a_few_workers_are_left_out() -> None:
 
 @pytest.mark.parametrize("max_len", [0, 1, 64, 8192])
 def test_an_empty_batch_or_cache_has_a_worker(max_len: int) -> None:
-    for batch in (0, 1):
-        for tiling in (
-            tile(MLAShape(32, 1, 512, 16), batch, max_len, 132),
-            *choices(MLAShape(9, 3, 24, 8), batch, 1, 132),
-        ):
-            assert tiling is not None
-            assert tiling.workers >= 1
+    for shape in (MLAShape(32, 1, 512, 16), MLAShape(9, 3, 24, 8)):
+        for batch in (0, 1):
+            for tiling in (tile(shape, batch, max_len, 132), *choices(shape, batch, max_len, 132)):
+                assert tiling is not None
+                assert tiling.workers >= 1
 
 
 @pytest.mark.parametrize("model", model_shapes(), ids=lambda model: model.name)
